@@ -1,0 +1,170 @@
+"""The shape of a Llama-family decoder, read from and written to a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's stretching of the rotary frequencies: long wavelengths slow down by `factor`, short ones stay."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Fixes the architecture of a Llama-family decoder.
+
+    Field names are those of a Hugging Face `config.json`, except the features that each `model_type` implies there
+    and that are explicit here: `qkv_bias`, `o_bias`, `mlp_bias`, `qk_norm` and `windows`, which gives for each layer
+    the number of tokens that a query sees (itself included), or None for all before it.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    model_type: str = "llama"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3Scaling | None = None
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Completes `windows` and refuses shapes that no attention layer has."""
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.num_hidden_layers)
+        if self.model_type not in _MODEL_TYPES:
+            raise NotImplementedError(f"model_type: got {self.model_type!r}, known are {', '.join(_MODEL_TYPES)}")
+        if len(self.windows) != self.num_hidden_layers:
+            raise ValueError(f"windows: got {len(self.windows)} entries for {self.num_hidden_layers} layers")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} is no multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: rotary embeddings need an even one, got {self.head_dim}")
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> DecoderConfig:
+        """Reads a parsed `config.json` (either generation of its rotary fields).
+
+        Raises:
+            NotImplementedError: another model type, activation, rotary scaling or weight format.
+            KeyError: a field that every model of the family states is missing.
+        """
+        model_type = hf.get("model_type")
+        if model_type not in _MODEL_TYPES:
+            raise NotImplementedError(f"model_type: got {model_type!r}, known are {', '.join(_MODEL_TYPES)}")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise NotImplementedError(f"hidden_act: got {hf['hidden_act']!r}, only 'silu' is known")
+        if hf.get("quantization_config"):
+            raise NotImplementedError("quantization_config: the folder holds quantized weights; give the float model")
+        theta, scaling = _rope_from_hf(hf)
+        heads = hf["num_attention_heads"]
+        bias = bool(hf.get("attention_bias", False))
+        eos = hf.get("eos_token_id")
+        return cls(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_hidden_layers=hf["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            model_type=model_type,
+            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            rms_norm_eps=hf["rms_norm_eps"],
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            qkv_bias=model_type == "qwen2" or bias,
+            o_bias=bias and model_type in ("llama", "qwen3"),
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+            qk_norm=model_type == "qwen3",
+            windows=_windows_from_hf(hf),
+            bos_token_id=hf.get("bos_token_id"),
+            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the `config.json` that `from_hf` reads back as this config."""
+        shared = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+            "model_type max_position_embeddings rms_norm_eps rope_theta tie_word_embeddings bos_token_id eos_token_id"
+        )
+        hf = {name: getattr(self, name) for name in shared.split()}
+        hf |= {"architectures": [_ARCHITECTURES[self.model_type]], "hidden_act": "silu"}
+        hf["rope_scaling"] = None
+        if self.rope_scaling is not None:
+            hf["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
+        if self.model_type in ("llama", "qwen3"):
+            hf["attention_bias"] = self.qkv_bias
+        if self.model_type == "llama":
+            hf["mlp_bias"] = self.mlp_bias
+        return hf | _windows_to_hf(self)
+
+
+def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return rope["rope_theta"], None
+    if kind != "llama3":
+        raise NotImplementedError(f"rope_scaling: got type {kind!r}, known are 'default' and 'llama3'")
+    fields = {field.name: rope[field.name] for field in dataclasses.fields(Llama3Scaling)}
+    return rope["rope_theta"], Llama3Scaling(**fields)
+
+
+def _windows_from_hf(hf: dict[str, Any]) -> tuple[int | None, ...]:
+    layers, window = hf["num_hidden_layers"], hf.get("sliding_window")
+    if hf["model_type"] == "mistral":
+        return (window,) * layers
+    if hf["model_type"] == "llama" or not hf.get("use_sliding_window", False) or window is None:
+        return (None,) * layers
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        first = hf.get("max_window_layers", layers)
+        kinds = ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise NotImplementedError(f"layer_types: got {sorted(unknown)}, known are full_attention and sliding_attention")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _windows_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    sizes = sorted({window for window in config.windows if window is not None})
+    window = sizes[0] if sizes else None
+    if len(sizes) > 1:
+        raise NotImplementedError(f"windows: config.json holds one sliding_window for all layers, got {sizes}")
+    if config.model_type == "mistral":
+        return {"sliding_window": window}
+    if config.model_type == "llama":
+        return {}
+    kinds = ["full_attention" if size is None else "sliding_attention" for size in config.windows]
+    return {"sliding_window": window, "use_sliding_window": window is not None, "layer_types": kinds}
