@@ -1,0 +1,251 @@
+"""`QArray`: a quantized weight as a pytree."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant._numerics import decode, encode, find_scale, grid_shape, padded_length
+from jaxquant._qtypes import QType, get_qtype, pack_codes, unpack_codes
+from jaxquant._spec import QuantSpec, TensorSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class QArray:
+    """A quantized weight: `w ~ pre_scale * (qvalue - zero_point) * scale`, kept as codes.
+
+    The product it stands for is `y = ((x * pre_scale)[..., perm]) @ ((qvalue - zero_point) * scale)`.
+
+    Invariants (checked by whoever builds one, never on unflatten): every leaf has the weight's leading dimensions in
+    front, so `scan`, `vmap` and indexing of a stack slice all leaves alike; `scale` and `zero_point` are grids (the
+    weight's rank, each dimension divides the padded weight's); codes of fewer than eight bits are packed along
+    `axis[-1]`. There is no implicit conversion to a float array: that copy is what the library exists to avoid.
+
+    Attributes:
+        qvalue: codes; uint8 bytes along `axis[-1]` for packed formats, else `format.code_dtype`. In a kernel's layout,
+            what that kernel packs.
+        scale: grid of scales, may be negative.
+        zero_point: grid of uint8, or None.
+        pre_scale: [*lead, *contracting dims] factors of the activation (AWQ, SmoothQuant), or None.
+        act_scale: [*lead] static activation scale, or None for dynamic.
+        act_zero_point: [*lead] static activation zero point, or None.
+        perm: [*lead, K] int32 input order (act-order with sorted groups), or None.
+        qtype: the number format's name.
+        axis: contracting axes, negative and ascending.
+        trailing: logical sizes of the dimensions from `axis[0]` on; earlier ones are read off the leaves.
+        padded: length of `axis[-1]` in codes, padding to whole groups included.
+        dtype: the logical dtype.
+        activation: how the activation is quantized, or None for float.
+        layout: `"plain"`, or the name of a kernel's packed layout.
+    """
+
+    qvalue: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+    pre_scale: jax.Array | None
+    act_scale: jax.Array | None
+    act_zero_point: jax.Array | None
+    perm: jax.Array | None
+    qtype: str
+    axis: tuple[int, ...]
+    trailing: tuple[int, ...]
+    padded: int
+    dtype: jnp.dtype
+    activation: TensorSpec | None
+    layout: str = "plain"
+
+    @property
+    def format(self) -> QType:
+        """The number format looked up."""
+        return get_qtype(self.qtype)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading dimensions, before the contracting axes."""
+        return self.scale.shape[: self.scale.ndim - len(self.trailing)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical weight's shape."""
+        return (*self.lead, *self.trailing)
+
+    @property
+    def ndim(self) -> int:
+        """The logical weight's rank."""
+        return self.scale.ndim
+
+    @property
+    def size(self) -> int:
+        """Elements of the logical weight."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the buffers really take."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits(self) -> float:
+        """Bits a logical element takes, scales and everything else counted."""
+        return 8 * self.nbytes / max(self.size, 1)
+
+    def __repr__(self) -> str:
+        """Names format, shape and layout, not the numbers."""
+        activation = f", activation={self.activation.qtype}" if self.activation else ""
+        return f"QArray({self.qtype}{list(self.shape)}, axis={self.axis}, scale={list(self.scale.shape)}{activation}, {self.layout})"
+
+
+jax.tree_util.register_dataclass(
+    QArray,
+    data_fields=["qvalue", "scale", "zero_point", "pre_scale", "act_scale", "act_zero_point", "perm"],
+    meta_fields=["qtype", "axis", "trailing", "padded", "dtype", "activation", "layout"],
+)
+
+
+def codes_of(q: QArray) -> jax.Array:
+    """The unpacked codes of a plain QArray, padding to groups included.
+
+    Args:
+        q: a QArray of plain layout.
+
+    Returns:
+        Codes of `q.format.code_dtype`, of the logical shape but for `axis[-1]`, which has length `q.padded`.
+
+    Raises:
+        ValueError: the layout is a kernel's.
+    """
+    if q.layout != "plain":
+        raise ValueError(f"codes_of: layout {q.layout!r} is packed for a kernel; unpack it first")
+    codes = unpack_codes(q.qvalue, q.format, q.axis[-1])
+    return jax.lax.slice_in_dim(codes, 0, q.padded, axis=codes.ndim + q.axis[-1])
+
+
+def pack_padded(codes: jax.Array, qtype: QType, axis: int) -> jax.Array:
+    """Packs codes along a negative axis, filling the last byte group with zero codes."""
+    missing = -codes.shape[axis] % 8 if qtype.packed else 0
+    return pack_codes(pad_axis(codes, axis, missing), qtype, axis)
+
+
+def pad_axis(x: jax.Array, axis: int, missing: int) -> jax.Array:
+    """Appends `missing` zeros along a negative axis."""
+    if not missing:
+        return x
+    return jnp.pad(x, [(0, missing if dim == x.ndim + axis else 0) for dim in range(x.ndim)])
+
+
+def quantize_array(w: jax.Array, spec: QuantSpec, axis: int | tuple[int, ...] = -2) -> QArray:
+    """Quantizes one weight to the nearest codes.
+
+    Args:
+        w: floating array of at least one dimension.
+        spec: how.
+        axis: contracting axis or axes, negative.
+
+    Returns:
+        The quantized weight, plain layout.
+
+    Raises:
+        ValueError: a group does not divide the axis and the spec does not pad.
+
+    >>> from jaxquant._spec import PRESETS
+    >>> quantize_array(jnp.ones((256, 64)), PRESETS["w4a16"]).nbytes == 256 * 64 // 2 + 2 * 64 * 2
+    True
+    """
+    axis = (axis,) if isinstance(axis, int) else tuple(sorted(axis))
+    padded_w, padded = _pad_weight(w.astype(jnp.float32), spec.weight, axis)
+    scale, zero_point = find_scale(padded_w, grid_shape(padded_w.shape, axis, spec.weight.granularity), spec.weight)
+    codes = encode(padded_w, scale, zero_point, spec.weight)
+    return from_codes(codes, scale, zero_point, spec, axis, w.shape, w.dtype)
+
+
+def _pad_weight(w: jax.Array, spec: TensorSpec, axis: tuple[int, ...]) -> tuple[jax.Array, int]:
+    length = w.shape[axis[-1]]
+    padded = padded_length(w.shape, axis, spec.granularity) if spec.pad else length
+    return pad_axis(w, axis[-1], padded - length), padded
+
+
+def from_codes(
+    codes: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    spec: QuantSpec,
+    axis: tuple[int, ...],
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    *,
+    pre_scale: jax.Array | None = None,
+    act_scale: jax.Array | None = None,
+    act_zero_point: jax.Array | None = None,
+    perm: jax.Array | None = None,
+) -> QArray:
+    """Packs codes that an algorithm has chosen into a QArray.
+
+    Args:
+        codes: unpacked codes of the (group-padded) weight.
+        scale: scale grid.
+        zero_point: zero point grid or None.
+        spec: the spec they were chosen for.
+        axis: contracting axes, negative and ascending.
+        shape: the logical weight's shape.
+        dtype: the logical weight's dtype.
+        pre_scale: activation factors or None.
+        act_scale: static activation scale or None.
+        act_zero_point: static activation zero point or None.
+        perm: input order or None.
+
+    Returns:
+        The QArray.
+    """
+    return QArray(
+        qvalue=pack_padded(codes, spec.weight.format, axis[-1]),
+        scale=scale,
+        zero_point=zero_point,
+        pre_scale=pre_scale,
+        act_scale=act_scale,
+        act_zero_point=act_zero_point,
+        perm=perm,
+        qtype=spec.weight.qtype,
+        axis=axis,
+        trailing=tuple(shape[axis[0] :]),
+        padded=codes.shape[axis[-1]],
+        dtype=jnp.dtype(dtype),
+        activation=spec.activation,
+    )
+
+
+def dequantize_array(q: QArray) -> jax.Array:
+    """Gives the float weight that a QArray stands for, `pre_scale` and `perm` included.
+
+    Args:
+        q: a QArray of plain layout.
+
+    Returns:
+        Array of `q.shape` and `q.dtype`.
+
+    >>> from jaxquant._spec import PRESETS
+    >>> dequantize_array(quantize_array(jnp.zeros((128, 8)), PRESETS["w4a16"])).sum().item()
+    0.0
+    """
+    values = decode(codes_of(q), q.scale, q.zero_point, TensorSpec(q.qtype))
+    values = jax.lax.slice_in_dim(values, 0, q.trailing[q.axis[-1]], axis=values.ndim + q.axis[-1])
+    if q.perm is not None:
+        values = _undo_order(values, q.perm, q.axis)
+    if q.pre_scale is not None:
+        values = values * _along_contracting(q.pre_scale.astype(jnp.float32), q)
+    return values.astype(q.dtype)
+
+
+def _along_contracting(factors: jax.Array, q: QArray) -> jax.Array:
+    """Gives [*lead, *contracting] factors the weight's rank."""
+    trailing = [size if dim - len(q.trailing) in q.axis else 1 for dim, size in enumerate(q.trailing)]
+    return jnp.broadcast_to(factors.reshape(*q.lead, *trailing), (*q.lead, *q.trailing))
+
+
+def _undo_order(values: jax.Array, perm: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    """Puts rows that were sorted by `perm` back: the row at place i belongs to input perm[i]."""
+    if axis != (-2,):
+        raise ValueError(f"an input order needs a [..., K, N] weight with axis (-2,), got axis {axis}")
+    place = jnp.argsort(perm, axis=-1)
+    return jnp.take_along_axis(values, jax.lax.expand_dims(place, [place.ndim]), axis=-2)
+
