@@ -38,6 +38,7 @@ def assign(params: Any, config: QuantConfig, axes: dict[str, tuple[int, ...]] | 
 
     Raises:
         ValueError: the tree is empty, or a rule matches nothing or names a leaf that cannot be quantized.
+        TypeError: a leaf is no array.
     """
     leaves = named_leaves(params)
     if not leaves:
@@ -59,6 +60,8 @@ def _assign_leaf(path: str, leaf: Any, config: QuantConfig, axes: dict[str, tupl
     left = Assignment(None, (), "")
     if is_quantized(leaf):
         return dataclasses.replace(left, reason="already quantized")
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        raise TypeError(f"{path}: expected an array, got {type(leaf).__name__}; a parameter tree holds arrays only")
     rule = next((rule for rule in config.rules if rule.matches(path)), None)
     floating, shape = jnp.issubdtype(leaf.dtype, jnp.floating), tuple(leaf.shape)
     if rule is not None:
