@@ -30,7 +30,7 @@ class DecoderConfig:
 
     Field names are those of a Hugging Face `config.json`, except the features that each `model_type` implies there
     and that are explicit here: `qkv_bias`, `o_bias`, `mlp_bias`, `qk_norm` and `windows`, which gives for each layer
-    the number of tokens that a query sees (itself included), or None for all before it.
+    the number of tokens that a query sees (itself included), or None for all before it; empty: all in every layer.
     """
 
     vocab_size: int
@@ -55,12 +55,10 @@ class DecoderConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Completes `windows` and refuses shapes that no attention layer has."""
-        if not self.windows:
-            object.__setattr__(self, "windows", (None,) * self.num_hidden_layers)
+        """Refuses what no attention layer can be."""
         if self.model_type not in _MODEL_TYPES:
             raise NotImplementedError(f"model_type: got {self.model_type!r}, known are {', '.join(_MODEL_TYPES)}")
-        if len(self.windows) != self.num_hidden_layers:
+        if self.windows and len(self.windows) != self.num_hidden_layers:
             raise ValueError(f"windows: got {len(self.windows)} entries for {self.num_hidden_layers} layers")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -69,6 +67,11 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim: rotary embeddings need an even one, got {self.head_dim}")
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The window of each layer."""
+        return self.windows or (None,) * self.num_hidden_layers
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> DecoderConfig:
@@ -143,10 +146,12 @@ def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
 
 def _windows_from_hf(hf: dict[str, Any]) -> tuple[int | None, ...]:
     layers, window = hf["num_hidden_layers"], hf.get("sliding_window")
+    if window is None or hf["model_type"] == "llama":
+        return ()
     if hf["model_type"] == "mistral":
         return (window,) * layers
-    if hf["model_type"] == "llama" or not hf.get("use_sliding_window", False) or window is None:
-        return (None,) * layers
+    if not hf.get("use_sliding_window", False):
+        return ()
     kinds = hf.get("layer_types")
     if kinds is None:
         first = hf.get("max_window_layers", layers)
@@ -166,5 +171,5 @@ def _windows_to_hf(config: DecoderConfig) -> dict[str, Any]:
         return {"sliding_window": window}
     if config.model_type == "llama":
         return {}
-    kinds = ["full_attention" if size is None else "sliding_attention" for size in config.windows]
+    kinds = ["full_attention" if size is None else "sliding_attention" for size in config.layer_windows]
     return {"sliding_window": window, "use_sliding_window": window is not None, "layer_types": kinds}

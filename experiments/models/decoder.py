@@ -146,7 +146,7 @@ class Decoder(nn.Module):
         rotation = rotations(c, start + jnp.arange(tokens.shape[1], dtype=jnp.int32))
         embed = nn.Embed(c.vocab_size, c.hidden_size, *dtypes, nn.initializers.normal(0.02), name="embed_tokens")
         x, filled = embed(tokens), []
-        for layer, window in enumerate(c.windows):
+        for layer, window in enumerate(c.layer_windows):
             block = Block(c, window, *dtypes, self.implementation, name=f"layers_{layer}")
             x, kv = block(x, rotation, None if cache is None else (cache.key[layer], cache.value[layer], start))
             filled.append(kv)
@@ -164,14 +164,14 @@ class Decoder(nn.Module):
     @nn.nowrap
     def init_params(self, key: jax.Array) -> Params:
         """Returns random parameters of dtype `param_dtype`."""
-        return self.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return self.clone(implementation="xla").init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
     @nn.nowrap
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """Returns an empty cache for `batch` sequences of at most `capacity` tokens, prompt and answer together."""
         c = self.config
         shape = (batch, capacity, c.num_key_value_heads, c.head_dim)
-        key, value = (tuple(jnp.zeros(shape, self.dtype) for _ in c.windows) for _ in range(2))
+        key, value = (tuple(jnp.zeros(shape, self.dtype) for _ in c.layer_windows) for _ in range(2))
         return KVCache(key, value, jnp.int32(0))
 
     @nn.nowrap
