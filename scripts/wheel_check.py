@@ -20,7 +20,7 @@ def check_files() -> None:
     command = ["git", "-C", str(TREE), "ls-files", "jaxquant", "pallas_kernels"]
     tracked = set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     site = pathlib.Path(jq.__file__).resolve().parent.parent
-    if TREE / "jaxquant" == site / "jaxquant":
+    if site == TREE:
         sys.exit("jaxquant was imported from the source tree, not from the wheel")
     installed = {
         path.relative_to(site).as_posix()

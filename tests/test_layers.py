@@ -89,5 +89,7 @@ def test_tracked_files_name_no_machine():
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
             continue
-        named += [f"{path.relative_to(ROOT)}:{i}: {line[:100]}" for i, line in enumerate(lines, 1) if pattern.search(line)]
+        named += [
+            f"{path.relative_to(ROOT)}:{i}: {line[:100]}" for i, line in enumerate(lines, 1) if pattern.search(line)
+        ]
     assert not named
