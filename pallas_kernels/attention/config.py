@@ -1,0 +1,74 @@
+"""Tile shapes of the Hopper attention kernel, and what it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention.reference import MODES, Masking
+
+SHARED_MEMORY_BYTES = 232_448
+ROWS = 64  # queries of one warpgroup: the rows of a wgmma
+HEAD_DIMS = (64, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel tiles its work.
+
+    Attributes:
+        block_kv: keys and values of one tile, and the number of keys that share a scale.
+        stages: key and value tiles in flight.
+        warpgroups: consumer warpgroups, each with 64 queries.
+        ping_pong: whether a warpgroup waits its turn for the tensor cores, so that one multiplies while another
+            computes its softmax; needs two warpgroups.
+    """
+
+    block_kv: int = 128
+    stages: int = 2
+    warpgroups: int = 2
+    ping_pong: bool = True
+
+    def __post_init__(self):
+        if self.block_kv not in (64, 128, 192, 256):
+            raise ValueError(f"block_kv must be 64, 128, 192 or 256, got {self.block_kv}")
+        if self.stages < 2:
+            raise ValueError(f"stages must be at least 2, got {self.stages}")
+        if self.warpgroups not in (1, 2, 3):
+            raise ValueError(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}")
+        if self.ping_pong and self.warpgroups != 2:
+            raise ValueError(f"ping_pong needs 2 warpgroups, got {self.warpgroups}")
+
+
+def default_config(q: jax.Array, k: jax.Array, v: jax.Array, mode: str) -> Config:
+    """The configuration used when the caller names none."""
+    return Config()
+
+
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, masking: Masking, mode: str, config: Config) -> str | None:
+    """Returns why the Hopper kernel cannot compute this call, or None if it can."""
+    if masking.bias is not None or masking.mask is not None:
+        return "a bias or a boolean mask is computed by implementation='xla' only"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"q must be bfloat16 or float16, got {q.dtype}"
+    if q.shape[-1] > max(HEAD_DIMS):
+        return f"head_dim must be at most {max(HEAD_DIMS)}, got {q.shape[-1]}"
+    if 0 in q.shape or 0 in k.shape:
+        return f"empty operands: q {q.shape}, k {k.shape}"
+    bytes_needed = shared_memory(q.shape[-1], q.dtype.itemsize, MODES[mode].values, config)
+    if bytes_needed > SHARED_MEMORY_BYTES:
+        return f"{config} needs {bytes_needed} bytes of shared memory, Hopper has {SHARED_MEMORY_BYTES}"
+    return None
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The head dimension that the kernel computes with."""
+    return next(size for size in HEAD_DIMS if size >= head_dim)
+
+
+def shared_memory(head_dim: int, float_bytes: int, values_dtype: jnp.dtype | None, config: Config) -> int:
+    """Bytes of shared memory of one block, with 1 KB for barriers."""
+    head_dim = padded_head_dim(head_dim)
+    queries = config.warpgroups * ROWS * head_dim * (float_bytes + 1)
+    value_bytes = float_bytes if values_dtype is None else 1
+    return queries + config.stages * config.block_kv * head_dim * (1 + value_bytes) + 1024

@@ -1,0 +1,363 @@
+"""Quantized flash attention for Hopper: one TMA warp feeds warpgroups that multiply in turn.
+
+Each block computes 64 queries per consumer warpgroup. A warpgroup quantizes its own queries, then for every tile of keys:
+scores = Q K^T (int8 or e4m3, wgmma), online softmax in base 2, P rounded in registers, P V (wgmma).
+
+Three things keep the arithmetic around the products small, since it and the 512 cycles of exponentials per 64 x 128 tile,
+not the products, are what limit the kernel:
+- int8 products start from the bit pattern of 1.5 * 2^23, so the int32 accumulator, read as float32, is already
+  1.5 * 2^23 + product; that constant leaves through the additive term of the exponent's FMA;
+- a scale per query and per tile of keys makes dequantization, the softmax scale and the subtraction of the maximum that
+  one FMA;
+- 8-bit P V goes to a fresh accumulator per tile, and the sum's rescaling by exp2(old maximum - new maximum) is the same
+  FMA that adds it: two-level accumulation (the tensor cores keep about 14 bits for fp8) costs nothing.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import llvm, vector
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.config import ROWS, Config
+from pallas_kernels.attention.quantize import (
+    E4M3,
+    INT8,
+    LARGEST_CODE,
+    LOG2_E,
+    SMALLEST_ABSMAX,
+    Keys,
+    Values,
+)
+from pallas_kernels.attention.reference import MODES, Window
+
+TILE = plgpu.Layout.WGMMA
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+MAGIC = 1.5 * 2**23  # float32 from here to 2^23 further has steps of 1
+MAGIC_BITS = 0x4B400000
+LOWEST_MAXIMUM = -1e30  # finite, so that a row of masked scores gives weights of 0 and not NaN
+UNBOUNDED = 1 << 29
+
+
+def quantized_attention(
+    q: jax.Array,
+    keys: Keys,
+    values: Values | jax.Array,
+    lengths: tuple[jax.Array, jax.Array] | None,
+    *,
+    mode: str,
+    kv_tokens: int,
+    window: Window,
+    scale: float,
+    config: Config,
+) -> jax.Array:
+    """Runs the kernel.
+
+    Args:
+        q: [B, T, N, H] bfloat16 or float16, H of 64 or 128.
+        keys: quantized keys in blocks of config.block_kv, interleaved for 8-bit values.
+        values: quantized values, or V itself [B, S, K, H] for a mode with float values.
+        lengths: query and key lengths [B] int32, or None.
+        mode: a key of MODES.
+        kv_tokens: S, without padding.
+        window: visible keys left and right of a query.
+        scale: the softmax scale.
+        config: tile shapes.
+
+    Returns:
+        [B, T, N, H] in q's dtype.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    body = functools.partial(
+        _kernel, mode=mode, tokens=tokens, kv_tokens=kv_tokens, window=window, scale=scale, config=config
+    )
+    operands = [q, keys.codes, keys.scale, *(values if isinstance(values, Values) else (values,)), *(lengths or ())]
+    groups, rows = config.warpgroups, config.warpgroups * ROWS
+    value_dtype = operands[3].dtype
+    value_tile = (config.block_kv, head_dim) if MODES[mode].values is None else (head_dim, config.block_kv)
+    barriers = functools.partial(plgpu.Barrier, num_barriers=config.stages)
+    call = plgpu.kernel(
+        lambda *refs: body(refs[: len(operands)], *refs[len(operands) :]),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_types=[
+            _shared((groups, ROWS, head_dim), q.dtype),
+            _shared((groups, ROWS, head_dim), keys.codes.dtype),
+            _shared((config.stages, config.block_kv, head_dim), keys.codes.dtype),
+            _shared((config.stages, *value_tile), value_dtype),
+            plgpu.Barrier(num_barriers=groups),
+            barriers(),
+            barriers(),
+            barriers(num_arrivals=groups),
+            barriers(num_arrivals=groups),
+            plgpu.Barrier(num_arrivals=groups),
+        ],
+        grid=(heads, batch, pl.cdiv(tokens, rows)),
+        grid_names=("head", "batch", "query_tile"),
+        num_threads=groups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )
+    return call(*operands)
+
+
+def _shared(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
+    size = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+    )
+
+
+def _kernel(
+    operands,
+    out_ref,
+    q_smem,
+    codes_smem,
+    k_smem,
+    v_smem,
+    q_ready,
+    k_ready,
+    v_ready,
+    k_free,
+    v_free,
+    turn,
+    *,
+    mode: str,
+    tokens: int,
+    kv_tokens: int,
+    window: Window,
+    scale: float,
+    config: Config,
+):
+    """One block: 64 * warpgroups queries of one head."""
+    q_ref, k_ref, k_scale_ref, v_ref, *rest = operands
+    scores_dtype, values_dtype = MODES[mode]
+    v_scale_ref = None if values_dtype is None else rest.pop(0)
+    block, stages, groups = config.block_kv, config.stages, config.warpgroups
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    kv_head = lax.div(head, jnp.int32(q_ref.shape[2] // k_ref.shape[1]))
+    # The last queries of a causal head see the most keys: longest first fills the machine best.
+    query_tile = lax.axis_size("query_tile") - 1 - lax.axis_index("query_tile")
+    first_query = query_tile * (groups * ROWS)
+    q_length, kv_length = (ref[batch] for ref in rest) if rest else (jnp.int32(tokens), jnp.int32(kv_tokens))
+    begin, full_begin, full_end, end = _key_tiles(
+        first_query, groups * ROWS, q_length, kv_length, window, block, aligned=not rest and kv_tokens % block == 0
+    )
+    group = lax.axis_index("warpgroup")
+    offset = MAGIC if scores_dtype == INT8 else 0.0
+
+    @pl.when(group < groups)
+    def _consumer():
+        plgpu.set_max_registers(240 if groups < 3 else 160, action="increase")
+        rows = q_smem.at[group], codes_smem.at[group]
+        row_begin = first_query + group * ROWS
+        plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row_begin, ROWS), head], rows[0], q_ready.at[group])
+        plgpu.barrier_wait(q_ready.at[group])
+        q_scale = _quantize_rows(*rows, scores_dtype) * (scale * LOG2_E)
+        if config.ping_pong:
+            pl.when(group == 1)(lambda: _pass_turn(turn))
+
+        def step(masked: bool, tile, carry):
+            acc, maximum, total, k_scale = carry
+            slot = lax.rem(tile - begin, jnp.int32(stages))
+            next_k_scale = k_scale_ref[batch, kv_head, jnp.minimum(tile + 1, k_scale_ref.shape[2] - 1)]
+            plgpu.barrier_wait(k_ready.at[slot])
+
+            def multiply_keys(scores_ref):
+                plgpu.wgmma(scores_ref, rows[1], k_smem.at[slot].T)
+                if config.ping_pong:
+                    _pass_turn(turn)
+
+            x = _wgmma(multiply_keys, (ROWS, block), scores_dtype)
+            plgpu.barrier_arrive(k_free.at[slot])
+            if masked:
+                key = _key_of_column(x.shape, interleaved=values_dtype is not None) + tile * block
+                x = jnp.where(_is_visible(row_begin, key, kv_length, window), x, -jnp.inf)
+            row_scale = q_scale * k_scale
+            new_maximum = jnp.maximum(maximum, (jnp.max(x, axis=1) - offset) * row_scale)
+            shift = (0.0 if values_dtype is None else math.log2(LARGEST_CODE[values_dtype])) - offset * row_scale
+            p = jnp.exp2(x * _along_rows(row_scale, x) + _along_rows(shift - new_maximum, x))
+            decay = jnp.exp2(maximum - new_maximum)
+            total = total * decay + jnp.sum(p, axis=1)
+            if values_dtype is None:
+                weights, acc = p.astype(v_ref.dtype), acc * _along_rows(decay, acc)
+                weights, acc, total = lax.optimization_barrier((weights, acc, total))
+            else:
+                weights = _round_to_operand(p, values_dtype)
+            if config.ping_pong:
+                plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(v_ready.at[slot])
+            if config.ping_pong:
+                plgpu.barrier_wait(turn)
+            if values_dtype is None:
+                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot]))(plgpu.ACC.init(acc))
+            else:
+                part = _wgmma(
+                    lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot].T), acc.shape, values_dtype
+                )
+                acc = acc * _along_rows(decay, acc) + (part - MAGIC if values_dtype == INT8 else part)
+            plgpu.barrier_arrive(v_free.at[slot])
+            return acc, new_maximum, total, next_k_scale
+
+        per_row = lambda value: plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), PER_ROW)
+        acc = plgpu.layout_cast(jnp.zeros((ROWS, q_ref.shape[3]), jnp.float32), TILE)
+        k_scale = k_scale_ref[batch, kv_head, jnp.minimum(begin, k_scale_ref.shape[2] - 1)]
+        carry = acc, per_row(LOWEST_MAXIMUM), per_row(0.0), k_scale
+        if full_begin is not begin:
+            carry = lax.fori_loop(begin, full_begin, functools.partial(step, True), carry)
+        carry = lax.fori_loop(full_begin, full_end, functools.partial(step, False), carry)
+        if full_end is not end:
+            carry = lax.fori_loop(full_end, end, functools.partial(step, True), carry)
+        acc, _, total, _ = carry
+        if config.ping_pong:
+            pl.when(group == 0)(lambda: _pass_turn(turn))
+
+        query = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (ROWS,), 0), PER_ROW) + row_begin
+        total = jnp.where((query < q_length) & (total != 0.0), total, jnp.inf)  # nothing seen: zeros
+        out = acc * _along_rows(1.0 / total, acc)
+        if v_scale_ref is not None:
+            v_scale = plgpu.load(v_scale_ref.at[batch, kv_head], layout=PER_COLUMN, optimized=False)
+            out = out * lax.broadcast_in_dim(v_scale, out.shape, [1])
+        rows[0][...] = out.astype(out_ref.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(rows[0], out_ref.at[batch, pl.ds(row_begin, ROWS), head])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(group == groups)
+    def _producer():
+        plgpu.set_max_registers(24 if groups < 3 else 32, action="decrease")
+
+        @plgpu.warp_map
+        def _(warp):
+            @pl.when(warp == 0)
+            def _():
+                @pl.loop(begin, end)
+                def _(tile):
+                    slot = lax.rem(tile - begin, jnp.int32(stages))
+                    keys = pl.ds(tile * block, block)
+                    refill = tile - begin >= stages
+                    pl.when(refill)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+                    plgpu.copy_gmem_to_smem(k_ref.at[batch, kv_head, keys], k_smem.at[slot], k_ready.at[slot])
+                    pl.when(refill)(lambda: plgpu.barrier_wait(v_free.at[slot]))
+                    source = v_ref.at[batch, keys, kv_head] if values_dtype is None else v_ref.at[batch, kv_head, :, keys]
+                    plgpu.copy_gmem_to_smem(source, v_smem.at[slot], v_ready.at[slot])
+
+
+def _key_tiles(first_query, rows: int, q_length, kv_length, window: Window, block: int, *, aligned: bool):
+    """Tiles [begin, end) that some of the queries see, of which [full_begin, full_end) need no mask.
+
+    Bounds that need no masked tiles on their side are the same object, so that the loop over them is not emitted.
+    """
+    left, right = window
+    last_query = first_query + rows - 1
+    tiles = lambda keys: lax.div(keys, jnp.int32(block))
+    end_key = kv_length if right is None else jnp.minimum(kv_length, last_query + right + 1)
+    end_key = jnp.where(first_query < q_length, jnp.maximum(end_key, 0), 0)
+    end = tiles(end_key + block - 1)
+    begin = jnp.int32(0) if left is None else jnp.minimum(tiles(jnp.maximum(first_query - left, 0)), end)
+    full_begin = begin
+    if left is not None:
+        full_begin = jnp.minimum(tiles(jnp.maximum(last_query - left, 0) + block - 1), end)
+    full_end = end
+    if right is not None or not aligned:
+        full_keys = end_key if right is None else jnp.minimum(end_key, jnp.maximum(first_query + right + 1, 0))
+        full_end = jnp.maximum(tiles(full_keys), full_begin)
+    return begin, full_begin, full_end, end
+
+
+def _key_of_column(shape: tuple[int, int], *, interleaved: bool):
+    """The key, within its tile, of each column of the scores (see quantize.interleave_tokens)."""
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
+    if not interleaved:
+        return column
+    return (column & ~15) | ((column & 6) << 1) | ((column & 8) >> 2) | (column & 1)
+
+
+def _is_visible(row_begin, key, kv_length, window: Window):
+    query = plgpu.broadcasted_iota(jnp.int32, key.shape, 0, layout=TILE) + row_begin
+    left, right = window
+    visible = key < kv_length
+    if left is not None:
+        visible &= key >= query - left
+    if right is not None:
+        visible &= key <= query + right
+    return visible
+
+
+def _pass_turn(turn):
+    """Lets the other warpgroup use the tensor cores, and waits until it has."""
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)
+
+
+def _along_rows(per_row, like):
+    return lax.broadcast_in_dim(per_row, like.shape, [0])
+
+
+def _wgmma(multiply, shape: tuple[int, int], dtype: jnp.dtype):
+    """A product in a fresh accumulator, as float32; an int8 one is MAGIC too large."""
+    if dtype == INT8:
+        start = plgpu.layout_cast(jnp.full(shape, MAGIC_BITS, jnp.int32), TILE)
+    else:
+        start = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), TILE)
+    return lax.bitcast_convert_type(pl.run_state(multiply)(plgpu.ACC.init(start)), jnp.float32)
+
+
+def _quantize_rows(q_ref, codes_ref, dtype: jnp.dtype):
+    """Quantizes queries per token within shared memory; returns their scales."""
+    q = plgpu.load(q_ref, layout=TILE).astype(jnp.float32)
+    absmax = jnp.maximum(jnp.max(jnp.abs(q), axis=1), SMALLEST_ABSMAX)
+    q = q * _along_rows(LARGEST_CODE[dtype] / absmax, q)
+    if dtype == INT8:
+        codes_ref[...] = (lax.bitcast_convert_type(q + MAGIC, jnp.int32) - MAGIC_BITS).astype(INT8)
+    else:
+        codes_ref[...] = q.astype(dtype)
+    plgpu.commit_smem()
+    return absmax * (1 / LARGEST_CODE[dtype])
+
+
+_ROUND_TO_E4M3 = (
+    "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;"
+    " cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+)
+_ROUND_TO_INT8 = (  # adding 1.5 * 2^23 leaves the rounded integer in the low byte
+    "{ .reg .f32 a, b, c, d; .reg .b32 i, j, k, l;"
+    " add.rn.f32 a, $1, 0f4B400000; add.rn.f32 b, $2, 0f4B400000; add.rn.f32 c, $3, 0f4B400000;"
+    " add.rn.f32 d, $4, 0f4B400000; mov.b32 i, a; mov.b32 j, b; mov.b32 k, c; mov.b32 l, d;"
+    " prmt.b32 i, i, j, 0x0040; prmt.b32 k, k, l, 0x0040; prmt.b32 $0, i, k, 0x5410; }"
+)
+
+
+def _round_to_operand(p, dtype: jnp.dtype):
+    """Rounds float32 weights to 8 bits, as the register operand of a wgmma; columns are reinterpreted as interleaved."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(p.shape, dtype, plgpu.Layout.WGMMA_8BIT)
+    )
+    def round_registers(ctx, x):
+        word = ir.IntegerType.get_signless(32)
+        bytes_type = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+        element = ir.IntegerType.get_signless(8) if dtype == INT8 else ir.Float8E4M3FNType.get()
+        pairs = np.moveaxis(x.registers, 1, -1)  # [..., 8-column blocks], each register two adjacent columns
+        words = np.empty((*pairs.shape[:-1], pairs.shape[-1] // 2), dtype=object)
+        for index in np.ndindex(words.shape):
+            two = (pairs[(*index[:-1], 2 * index[-1] + half)] for half in range(2))
+            four = [vector.extract(pair, dynamic_position=[], static_position=[i]) for pair in two for i in range(2)]
+            asm = _ROUND_TO_INT8 if dtype == INT8 else _ROUND_TO_E4M3
+            packed = llvm.inline_asm(word, four, asm, "=r,f,f,f,f", asm_dialect=0)
+            packed = vector.bitcast(bytes_type, vector.broadcast(ir.VectorType.get((1,), word), packed))
+            words[index] = vector.bitcast(ir.VectorType.get((4,), element), packed)
+        registers = np.moveaxis(words, -1, 1).reshape(fa.WGMMA_LAYOUT_8BIT.registers_shape(x.shape))
+        return fa.FragmentedArray(
+            _registers=registers, _layout=fa.WGMMA_LAYOUT_8BIT, _is_signed=True if dtype == INT8 else None
+        )
+
+    return round_registers(p)

@@ -1,0 +1,105 @@
+"""What quantized attention means, in plain jnp; also what the XLA implementation runs."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.attention.quantize import (
+    E4M3,
+    INT8,
+    LARGEST_CODE,
+    LOG2_E,
+    quantize_keys,
+    quantize_queries,
+    quantize_values,
+    round_to,
+)
+
+Window = tuple[int | None, int | None]
+
+
+class Mode(NamedTuple):
+    """The formats of the two products; a value format of None keeps V's own float format, and P takes it too."""
+
+    scores: jnp.dtype
+    values: jnp.dtype | None
+
+
+MODES = {
+    "int8_fp8": Mode(INT8, E4M3),
+    "int8_f16": Mode(INT8, None),
+    "fp8": Mode(E4M3, E4M3),
+    "int8_int8": Mode(INT8, INT8),
+}
+
+
+class Masking(NamedTuple):
+    """Arrays that change or limit what a query sees: bias and mask [B or 1, N or 1, T or 1, S or 1], lengths [B]."""
+
+    bias: jax.Array | None = None
+    mask: jax.Array | None = None
+    query_lengths: jax.Array | None = None
+    kv_lengths: jax.Array | None = None
+
+
+def attention_reference(
+    q: jax.Array, k: jax.Array, v: jax.Array, masking: Masking, *, window: Window, scale: float, mode: str, block: int
+) -> jax.Array:
+    """Attention of [B, T, N, H] queries with both products on quantized operands, softmax in float32, base 2."""
+    scores_dtype, values_dtype = MODES[mode]
+    codes, q_scale = quantize_queries(q, scale, scores_dtype)
+    keys = quantize_keys(k, scores_dtype, block, masking.kv_lengths)
+    scores = _grouped_scores(codes, keys.codes, k.shape[2])[..., : k.shape[1]]
+    key_scale = jnp.repeat(keys.scale, block, axis=2)[..., : k.shape[1]]
+    scores = scores * q_scale.transpose(0, 2, 1).reshape(*scores.shape[:-1], 1) * key_scale[:, :, None, None]
+    scores = scores.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if masking.bias is not None:
+        scores = scores + jnp.broadcast_to(masking.bias, scores.shape).astype(jnp.float32) * LOG2_E
+    scores = jnp.where(visible(masking, window, scores.shape), scores, -jnp.inf)
+
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    p = jnp.exp2(scores - jnp.where(jnp.isneginf(largest), 0.0, largest))
+    total = jnp.sum(p, axis=-1)  # of the unrounded weights
+    if values_dtype is None:
+        values, step = v.transpose(0, 2, 3, 1), jnp.ones(v.shape[:1] + v.shape[2:], jnp.float32)
+        p = p.astype(v.dtype)
+    else:
+        values, v_scale = quantize_values(v, values_dtype, 1, masking.kv_lengths)
+        p, step = round_to(p * LARGEST_CODE[values_dtype], values_dtype), v_scale * (1 / LARGEST_CODE[values_dtype])
+    out = _grouped_outputs(p, values) * jnp.repeat(step, q.shape[2] // k.shape[2], axis=1)[:, None]
+    total = total.transpose(0, 2, 1)[..., None]
+    return (out / jnp.where(total == 0, 1.0, total)).astype(q.dtype)  # a query that sees no key yields zeros
+
+
+def visible(masking: Masking, window: Window, shape: tuple[int, ...]) -> jax.Array:
+    """Boolean [B, N, T, S]: which scores count."""
+    query, key = lax.broadcasted_iota(jnp.int32, shape, 2), lax.broadcasted_iota(jnp.int32, shape, 3)
+    left, right = window
+    seen = jnp.ones(shape, bool) if masking.mask is None else jnp.broadcast_to(masking.mask, shape)
+    if left is not None:
+        seen &= key >= query - left
+    if right is not None:
+        seen &= key <= query + right
+    for token, lengths in ((query, masking.query_lengths), (key, masking.kv_lengths)):
+        if lengths is not None:
+            seen &= token < lengths.reshape(-1, 1, 1, 1)
+    return seen
+
+
+def _grouped_scores(q: jax.Array, k: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, K, G, T, S] products of codes q [B, T, K*G, H] and k [B, K, S, H], summed exactly for int8."""
+    batch, tokens, heads, head_dim = q.shape
+    q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
+    accumulator = jnp.int32 if q.dtype == jnp.int8 else jnp.float32
+    return jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=accumulator).astype(jnp.float32)
+
+
+def _grouped_outputs(p: jax.Array, v: jax.Array) -> jax.Array:
+    """[B, T, N, H] products of weights p [B, N, T, S] and values v [B, K, H, S], in float32."""
+    batch, heads, tokens, keys = p.shape
+    p = p.reshape(batch, v.shape[1], heads // v.shape[1], tokens, keys)
+    accumulator = jnp.int32 if p.dtype == jnp.int8 else jnp.float32
+    out = jnp.einsum("bkgts,bkhs->btkgh", p, v, preferred_element_type=accumulator).astype(jnp.float32)
+    return out.reshape(batch, tokens, heads, v.shape[2])

@@ -1,0 +1,131 @@
+"""Configurations of the Hopper int4 kernel: what one is, which problems it takes, and a cost model that picks one."""
+
+import dataclasses
+import itertools
+import math
+
+import jax.numpy as jnp
+
+from pallas_kernels.int4_matmul.layout import TILE
+
+HOPPER_SMS = 132
+SHARED_MEMORY_BYTES = 232448 - 1024  # less barriers and alignment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How one launch of the kernel is cut up.
+
+    Attributes:
+      block_m: tokens a tile (the N of wgmma: a multiple of 8, at most 256).
+      block_k: inputs a pipeline stage (a multiple of 64).
+      num_stages: stages of the ring that the copy engine fills.
+      num_warpgroups: compute warpgroups; each owns 64 outputs of the tile.
+      split_k: blocks of a cluster that share a tile's inputs; their sums meet in distributed shared memory.
+      scale_after: multiply each group's product by its scale (cheap for few tokens) or the weights before it (for many).
+      snake_width: output tiles of a strip of the traversal order (L2 locality when there are many token tiles).
+    """
+
+    block_m: int
+    block_k: int
+    num_stages: int
+    num_warpgroups: int
+    split_k: int
+    scale_after: bool
+    snake_width: int = 8
+
+    @property
+    def block_n(self) -> int:
+        """Outputs a tile."""
+        return TILE * self.num_warpgroups
+
+    @property
+    def chunks(self) -> int:
+        """Pieces of a tile's tokens that different blocks of a cluster add up."""
+        return max(q for q in range(1, self.split_k + 1) if self.block_m % (8 * q) == 0)
+
+    def shared_memory_bytes(self, group_size: int, has_zero_point: bool) -> int:
+        """Shared memory that a launch takes, for 16-bit x and scales."""
+        rows = max(1, self.block_k // group_size)
+        stage = self.block_m * self.block_k * 2 + self.block_n * self.block_k // 2 + rows * self.block_n * 2 * (1 + has_zero_point)
+        chunk = self.block_m // self.chunks
+        partial = self.num_warpgroups * (self.split_k - 1) * TILE * chunk * 4
+        return self.num_stages * stage + partial + self.num_warpgroups * 2 * min(chunk, 64) * TILE * 2
+
+
+def supports(k: int, n: int, num_groups: int, dtype, *, config: Config | None = None, has_zero_point: bool = False) -> str | None:
+    """Why the Hopper kernel cannot take a problem, or None if it can.
+
+    Args:
+      k: inputs.
+      n: outputs, padded to 64 at pack time.
+      num_groups: groups of inputs that share a scale (1 for per-channel).
+      dtype: of x.
+      config: a configuration to check with it.
+      has_zero_point: whether there are zero points.
+    """
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"x is {jnp.dtype(dtype).name}; the kernel takes bfloat16 or float16"
+    if k % 8:
+        return f"K = {k} is not a multiple of 8 (the copy engine moves rows of 16 bytes)"
+    if n % TILE:
+        return f"N = {n} is not a multiple of {TILE}; pack() pads it"
+    group_size = k // num_groups
+    if num_groups > 1 and group_size != 32 and group_size % 64:
+        return f"groups of {group_size} inputs; the kernel takes 32, a multiple of 64, or one group"
+    if config is None:
+        return None
+    if num_groups > 1 and group_size % config.block_k and config.block_k % group_size:
+        return f"block_k = {config.block_k} and groups of {group_size} do not divide one another"
+    used = config.shared_memory_bytes(group_size, has_zero_point)
+    if used > SHARED_MEMORY_BYTES:
+        return f"{used} bytes of shared memory, at most {SHARED_MEMORY_BYTES}"
+    return None
+
+
+def candidates(m: int, k: int, n: int, num_groups: int, dtype=jnp.bfloat16, has_zero_point: bool = False) -> list[Config]:
+    """The configurations worth trying for a problem; the first is not special."""
+    few = m <= 64
+    block_ms = [max(8, 1 << (m - 1).bit_length())] if few else [128] if m <= 128 else [128, 256]
+    if few:
+        cut = itertools.product(block_ms, (256, 512), (3, 4, 6, 8), (1, 2, 3, 4), (1, 2, 4), (True,))
+    else:
+        cut = itertools.product(block_ms, (64, 128), (2, 3, 4, 5), (2,), (1, 2, 4), (False,))
+    configs = [
+        Config(block_m=bm, block_k=bk, num_stages=stages, num_warpgroups=warpgroups, split_k=split, scale_after=after)
+        for bm, bk, stages, warpgroups, split, after in cut
+    ]
+    return [c for c in configs if supports(k, n, num_groups, dtype, config=c, has_zero_point=has_zero_point) is None]
+
+
+def default_config(m: int, k: int, n: int, num_groups: int, dtype=jnp.bfloat16, has_zero_point: bool = False) -> Config:
+    """The candidate that the cost model expects to be fastest on a Hopper GPU.
+
+    Raises:
+      NotImplementedError: if no configuration takes the problem.
+    """
+    fitting = candidates(m, k, n, num_groups, dtype, has_zero_point)
+    if not fitting:
+        raise NotImplementedError(f"int4_matmul has no Hopper configuration for M={m}, K={k}, N={n}, {num_groups} groups")
+    return min(fitting, key=lambda c: predicted_microseconds(c, m, k, n))
+
+
+def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
+    """A coarse model: waves of tiles, each the longer of its bytes and its products, plus what a tile and a launch cost."""
+    c = config
+    tiles = math.ceil(m / c.block_m) * math.ceil(n / c.block_n)
+    waves = math.ceil(tiles / num_clusters(c.split_k))
+    inputs = math.ceil(math.ceil(k / c.block_k) / c.split_k) * c.block_k
+    rows = min(m, c.block_m)
+    # Per SM and microsecond: 30 kB from memory, 45 kB from the L2 cache, 5.4 million multiply-adds or half a million codes unpacked.
+    weight_bytes, x_bytes = c.block_n * inputs / 2, rows * inputs * 2
+    copy = max(weight_bytes / 30e3, (weight_bytes + x_bytes) / 45e3)
+    in_flight = c.num_stages * (c.block_n * c.block_k / 2)
+    copy *= max(1.0, 48e3 / in_flight)
+    compute = max(c.block_n * inputs * c.block_m / 2.9e6, c.block_n * inputs / 100e3 / min(1.0, c.num_warpgroups / 2))
+    return 3.0 + waves * (max(copy, compute) + 0.7 + 0.3 * (c.split_k > 1))
+
+
+def num_clusters(split_k: int, num_sms: int = HOPPER_SMS) -> int:
+    """Clusters of `split_k` blocks that run at once (some of a Hopper's processor groups hold 18 SMs, two more than fours fit)."""
+    return num_sms // split_k if split_k <= 2 else (num_sms - 4) // split_k
