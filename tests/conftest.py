@@ -52,5 +52,5 @@ def gemma() -> types.ModuleType:
         from gemma import gm
 
         # gm imports lazily: these are the names that reach tensorflow.
-        assert gm.nn.Transformer and gm.nn.config.TransformerConfig and gm.nn.AttentionType
+        _ = gm.nn.Transformer, gm.nn.config.TransformerConfig, gm.nn.AttentionType
     return gm
