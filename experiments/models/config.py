@@ -118,8 +118,9 @@ class DecoderConfig:
     def to_hf(self) -> dict[str, Any]:
         """Returns the `config.json` that `from_hf` reads back as this config."""
         shared = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-            "model_type max_position_embeddings rms_norm_eps rope_theta tie_word_embeddings bos_token_id eos_token_id"
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "head_dim model_type max_position_embeddings rms_norm_eps rope_theta tie_word_embeddings bos_token_id "
+            "eos_token_id"
         )
         hf = {name: getattr(self, name) for name in shared.split()}
         hf |= {"architectures": [_ARCHITECTURES[self.model_type]], "hidden_act": "silu"}
@@ -134,7 +135,11 @@ class DecoderConfig:
 
 
 def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    rope = {
+        "rope_theta": hf.get("rope_theta", 10000.0),
+        **(hf.get("rope_scaling") or {}),
+        **(hf.get("rope_parameters") or {}),
+    }
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return rope["rope_theta"], None

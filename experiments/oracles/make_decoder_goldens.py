@@ -33,7 +33,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 FAMILIES = {
-    "llama": (transformers.LlamaConfig, {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}, "tie_word_embeddings": False}),
+    "llama": (
+        transformers.LlamaConfig,
+        {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}, "tie_word_embeddings": False},
+    ),
     "llama_bias": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "mistral": (transformers.MistralConfig, {"sliding_window": 5}),
     "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
