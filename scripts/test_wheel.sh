@@ -5,7 +5,7 @@ set -eu
 
 root=$(pwd)
 rm -rf dist .venv-wheel
-.venv/bin/python -m build --wheel --outdir dist . >/dev/null
+.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 "$(scripts/find_python.sh)" -m venv .venv-wheel
 python=$root/.venv-wheel/bin/python
 "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl pytest
