@@ -5,7 +5,9 @@ belongs to grid cell `i // (size // cells)`. Per tensor, channel, group and bloc
 serves every granularity.
 """
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from jaxquant._spec import Granularity, PerBlock, PerGroup, PerTensor, TensorSpe
 SHRINK_STEPS = 80
 SHRINK_STEP = 0.01
 ERROR_NORM = 2.4
+MAX_SUGGESTED_GROUP = 512
 
 
 def padded_length(shape: tuple[int, ...], axis: tuple[int, ...], granularity: Granularity) -> int:
@@ -34,15 +37,8 @@ def padded_length(shape: tuple[int, ...], axis: tuple[int, ...], granularity: Gr
     >>> padded_length((100, 64), (-2,), PerGroup(32))
     128
     """
-    length = shape[axis[-1]]
-    if isinstance(granularity, PerGroup):
-        size = granularity.size
-    elif isinstance(granularity, PerBlock):
-        size = granularity.shape[0]
-    else:
-        return length
-    total = math.prod(shape[a] for a in axis)
-    if length % size == 0 or (size % length == 0 and total % size == 0):
+    length, size = shape[axis[-1]], _group_size(granularity)
+    if size is None or _split_groups([shape[a] for a in axis], size) is not None:
         return length
     return -(-length // size) * size
 
@@ -59,7 +55,8 @@ def grid_shape(shape: tuple[int, ...], axis: tuple[int, ...], granularity: Granu
         A shape of the same rank whose every dimension divides the tensor's.
 
     Raises:
-        ValueError: the group or block does not divide the axes; the message names sizes that would.
+        ValueError: the group or block does not divide the axes (the message names sizes that would), or a block has
+            no output axis behind the contracting ones.
 
     >>> grid_shape((256, 64), (-2,), PerGroup(128))
     (2, 64)
@@ -70,60 +67,84 @@ def grid_shape(shape: tuple[int, ...], axis: tuple[int, ...], granularity: Granu
         first = min(reduced)
         return tuple(size if dim < first else 1 for dim, size in enumerate(shape))
     grid = [1 if dim in reduced else size for dim, size in enumerate(shape)]
+    size = _group_size(granularity)
+    if size is not None:
+        for a, cells in zip(axis, _groups(shape, axis, size), strict=True):
+            grid[a] = cells
     if isinstance(granularity, PerBlock):
-        rows, columns = granularity.shape
-        last_output = max((dim for dim in range(rank) if dim not in reduced), default=None)
-        if last_output is None:
-            raise ValueError(f"PerBlock needs an output axis beside the contracting axes {axis} of shape {shape}")
-        grid[last_output] = _cells(shape[last_output], columns, "block columns")
-        _split_groups(grid, shape, axis, rows)
-    elif isinstance(granularity, PerGroup):
-        _split_groups(grid, shape, axis, granularity.size)
+        last = max(dim for dim in range(rank) if dim not in reduced or dim == min(reduced))
+        if last in reduced:  # an output axis in front of `axis[0]` is a stack's, which scan and vmap may slice
+            raise ValueError(
+                f"PerBlock needs an output axis behind the contracting axes {axis} of shape {shape}:"
+                " transpose the weight, or take PerGroup"
+            )
+        columns = granularity.shape[1]
+        if shape[last] % columns:
+            raise ValueError(
+                f"block columns {columns} do not divide the {shape[last]} outputs; sizes that would:"
+                f" {_nearest([n for n in range(8, shape[last] + 1) if shape[last] % n == 0], columns)}"
+            )
+        grid[last] = shape[last] // columns
     return tuple(grid)
 
 
-def _split_groups(grid: list[int], shape: tuple[int, ...], axis: tuple[int, ...], size: int) -> None:
-    """Writes the cells of groups of `size` consecutive elements of the flattened contracting axes into `grid`."""
-    remaining = size
-    for a in reversed(axis):
-        length = shape[a]
-        if remaining >= length:
-            if remaining % length:
-                raise ValueError(_indivisible(math.prod(shape[i] for i in axis), size, "group"))
-            remaining //= length
-            grid[a] = 1
-        else:
-            grid[a] = _cells(length, remaining, "group")
-            remaining = 1
-    if remaining > 1:
-        raise ValueError(_indivisible(math.prod(shape[i] for i in axis), size, "group"))
+def _group_size(granularity: Granularity) -> int | None:
+    """Elements of a group along the contracting axes, or None where groups do not matter."""
+    if isinstance(granularity, PerGroup):
+        return granularity.size
+    return granularity.shape[0] if isinstance(granularity, PerBlock) else None
 
 
-def _cells(length: int, size: int, what: str) -> int:
-    if length % size:
-        raise ValueError(_indivisible(length, size, what))
-    return length // size
+def _split_groups(lengths: Sequence[int], size: int) -> list[int] | None:
+    """Cells along each axis for groups of `size` neighbours of the flattened axes, or None where groups do not fit."""
+    cells, remaining = [], size
+    for length in reversed(lengths):
+        inside = min(remaining, length)
+        if length % inside or remaining % inside:
+            return None
+        cells.append(length // inside)
+        remaining //= inside
+    return cells[::-1] if remaining == 1 else None
 
 
-def _indivisible(length: int, size: int, what: str) -> str:
-    fits = [d for d in range(min(length, 512), 7, -1) if length % d == 0]
-    nearest = sorted(sorted(fits, key=lambda d: abs(d - size))[:4])
-    sizes = ", ".join(map(str, nearest)) if nearest else "none of 8 or more"
-    return f"{what} size {size} does not divide {length}; sizes that would: {sizes}; or pad=True in the spec pads with zeros"
+def _groups(shape: tuple[int, ...], axis: tuple[int, ...], size: int) -> list[int]:
+    lengths = [shape[a] for a in axis]
+    cells = _split_groups(lengths, size)
+    if cells is None:
+        fitting = [n for n in range(8, min(math.prod(lengths), MAX_SUGGESTED_GROUP) + 1) if _split_groups(lengths, n)]
+        length = " x ".join(map(str, lengths))
+        raise ValueError(
+            f"group size {size} does not divide the contracting length {length}; sizes that would:"
+            f" {_nearest(fitting, size)}; or pad=True in the spec pads with zeros"
+        )
+    return cells
 
 
-def to_blocks(x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
-    """Splits each dimension into (cells, elements of a cell).
+def _nearest(sizes: list[int], size: int) -> str:
+    nearest = sorted(sorted(sizes, key=lambda n: abs(n - size))[:4])
+    return ", ".join(map(str, nearest)) if nearest else "none of 8 or more"
 
-    >>> to_blocks(jnp.zeros((256, 64)), (2, 64)).shape
-    (2, 128, 64, 1)
+
+def reduce_cells(reduction: Callable[..., jax.Array], x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+    """Reduces each cell of a grid to one number.
+
+    Args:
+        reduction: `jnp.max` or its like, called with `axis`.
+        x: the tensor.
+        grid: the scale grid's shape.
+
+    Returns:
+        An array of shape `grid`.
+
+    >>> reduce_cells(jnp.max, jnp.arange(8.0).reshape(4, 2), (2, 1)).tolist()
+    [[3.0], [7.0]]
     """
-    return x.reshape([n for size, cells in zip(x.shape, grid, strict=True) for n in (cells, size // cells if cells else 0)])
-
-
-def block_axes(rank: int) -> tuple[int, ...]:
-    """The within-cell axes of `to_blocks`."""
-    return tuple(range(1, 2 * rank, 2))
+    split, axes = [], []
+    for size, cells in zip(x.shape, grid, strict=True):  # no dimensions of size 1: XLA copies to lay them out anew
+        split += [size] if cells in (1, size) else [cells, size // cells]
+        if cells != size:
+            axes.append(len(split) - 1)
+    return reduction(x.reshape(split), axis=tuple(axes)).reshape(grid) if axes else x
 
 
 def expand_grid(grid: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -134,7 +155,7 @@ def expand_grid(grid: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """
     if grid.shape == shape:
         return grid
-    spread = jax.lax.expand_dims(grid, block_axes(grid.ndim))
+    spread = jax.lax.expand_dims(grid, range(1, 2 * grid.ndim, 2))
     full = [n for size, cells in zip(shape, grid.shape, strict=True) for n in (cells, size // cells)]
     return jnp.broadcast_to(spread, full).reshape(shape)
 
@@ -148,29 +169,30 @@ def find_range(x: jax.Array, grid: tuple[int, ...], spec: TensorSpec) -> tuple[j
         spec: its `range` method decides.
 
     Returns:
-        (low, high), float32 of shape `grid`; low <= 0 <= high. For `grid="signed"` the end of larger magnitude is kept.
+        (low, high), float32 of shape `grid`; low <= 0 <= high.
 
     Raises:
         ValueError: the method needs calibration data.
     """
-    blocks, axes = to_blocks(x, grid), block_axes(x.ndim)
+    if spec.range not in ("absmax", "minmax", "percentile", "mse"):
+        raise ValueError(
+            f"range={spec.range!r} is a method for calibrated activations, not for a weight; accepted: absmax, minmax,"
+            " percentile, mse"
+        )
+    # Two reductions, not one of |x|: XLA's CPU kernel for the plain ones is ten times as fast.
+    low, high = jnp.minimum(reduce_cells(jnp.min, x, grid), 0), jnp.maximum(reduce_cells(jnp.max, x, grid), 0)
     if spec.range == "percentile":
-        quantile = jnp.percentile(jnp.abs(blocks), spec.percentile, axis=axes)
-        low, high = jnp.min(blocks, axes), jnp.max(blocks, axes)
-        low, high = jnp.maximum(low, -quantile), jnp.minimum(high, quantile)
-    elif spec.range in ("absmax", "minmax", "mse"):
-        low, high = jnp.min(blocks, axes), jnp.max(blocks, axes)
-    else:
-        raise ValueError(f"range={spec.range!r} is a method for calibrated activations, not for a weight; accepted: absmax,"
-                         " minmax, percentile, mse")
-    return jnp.minimum(low, 0), jnp.maximum(high, 0)
+        tail = reduce_cells(functools.partial(jnp.percentile, q=spec.percentile), jnp.abs(x), grid)
+        tail = jnp.where(tail > 0, tail, jnp.inf)  # almost all zeros: cutting the rest would leave nothing
+        low, high = jnp.maximum(low, -tail), jnp.minimum(high, tail)
+    return low, high
 
 
 def range_to_scale(low: jax.Array, high: jax.Array, spec: TensorSpec) -> tuple[jax.Array, jax.Array | None]:
     """Turns ranges into scales and zero points.
 
     A range of zero width gives scale 1, so that zeros come back as zeros. Scales are rounded to `spec.scale_dtype` (a
-    power of two for mxfp4) and never round to zero.
+    power of two for mxfp4), never to zero and never to infinity.
 
     Args:
         low: least value of each cell, <= 0.
@@ -180,33 +202,43 @@ def range_to_scale(low: jax.Array, high: jax.Array, spec: TensorSpec) -> tuple[j
     Returns:
         (scale in `spec.scale_dtype`, zero point as uint8 or None when symmetric).
     """
-    qtype, dtype = spec.format, jnp.dtype(spec.scale_dtype)
+    qtype = spec.format
     if not spec.symmetric:
-        scale = _round_scale((high - low) / (qtype.qmax - qtype.qmin), spec)
+        steps = qtype.qmax - qtype.qmin
+        scale = _round_scale((high / 2 - low / 2) / (steps / 2), high - low, spec)  # halves: high - low may overflow
         zero_point = jnp.clip(jnp.round(-low / scale.astype(jnp.float32)), qtype.qmin, qtype.qmax)
         return scale, zero_point.astype(jnp.uint8)
     absmax = jnp.maximum(-low, high)
-    if qtype.kind == "int":
-        span = {
-            "full": (qtype.qmax - qtype.qmin) / 2,
-            "restricted": qtype.qmax,
-            "power": -qtype.qmin,
-            "signed": -qtype.qmin,
-        }[spec.grid]
-        signed = jnp.where(high > -low, -absmax, absmax) if spec.grid == "signed" else absmax
-        return _round_scale(signed / span, spec), None
-    if spec.qtype == "mxfp4":  # OCP MX: the shared exponent is floor(log2 absmax) - 2, E2M1's largest exponent
-        safe = jnp.where(absmax > 0, absmax, 4.0)
-        return jnp.exp2(jnp.clip(jnp.floor(jnp.log2(safe)) - 2, -126, 127)).astype(dtype), None
-    return _round_scale(absmax / qtype.qmax, spec), None
+    if spec.qtype == "mxfp4":
+        return _power_of_two_scale(absmax, spec), None
+    signed = jnp.where(high > -low, -absmax, absmax) if spec.grid == "signed" else absmax
+    return _round_scale(signed / _span(spec), absmax, spec), None
 
 
-def _round_scale(scale: jax.Array, spec: TensorSpec) -> jax.Array:
-    info = jnp.finfo(spec.scale_dtype)
-    tiny, largest = float(info.tiny), float(info.max)
-    magnitude = jnp.clip(jnp.abs(scale), tiny, largest)
-    sign = jnp.where(scale < 0, -1.0, 1.0)
-    return jnp.where(scale == 0, 1.0, sign * magnitude).astype(spec.scale_dtype)
+def _span(spec: TensorSpec) -> float:
+    """What a symmetric cell's largest magnitude becomes in units of the scale."""
+    qtype = spec.format
+    if qtype.kind != "int" or spec.grid == "restricted":
+        return qtype.qmax
+    return (qtype.qmax - qtype.qmin) / 2 if spec.grid == "full" else -qtype.qmin
+
+
+def _least_scale(dtype: str) -> float:
+    """The least positive scale: float16 may use its subnormals, which are normal once widened to float32."""
+    return max(float(jnp.finfo(dtype).smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
+
+
+def _round_scale(scale: jax.Array, width: jax.Array, spec: TensorSpec) -> jax.Array:
+    magnitude = jnp.clip(jnp.abs(scale), _least_scale(spec.scale_dtype), float(jnp.finfo(spec.scale_dtype).max))
+    return jnp.where(width > 0, jnp.where(scale < 0, -magnitude, magnitude), 1.0).astype(spec.scale_dtype)
+
+
+def _power_of_two_scale(absmax: jax.Array, spec: TensorSpec) -> jax.Array:
+    """OCP Microscaling's shared exponent: floor(log2 absmax) - 2, where 2 is E2M1's largest exponent."""
+    _, exponent = jnp.frexp(absmax)  # absmax = m 2^exponent with 1/2 <= m < 1; log2 would be off at powers of two
+    least, most = math.frexp(_least_scale(spec.scale_dtype))[1] - 1, int(jnp.finfo(spec.scale_dtype).maxexp) - 1
+    scale = jnp.ldexp(jnp.ones_like(absmax), jnp.clip(exponent - 3, least, most))
+    return jnp.where(absmax > 0, scale, 1.0).astype(spec.scale_dtype)
 
 
 def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: TensorSpec) -> jax.Array:
@@ -227,7 +259,9 @@ def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: T
     return encode_values(values, spec.format)
 
 
-def search_shrink(x: jax.Array, low: jax.Array, high: jax.Array, spec: TensorSpec, weight: jax.Array | None = None) -> jax.Array:
+def search_shrink(
+    x: jax.Array, low: jax.Array, high: jax.Array, spec: TensorSpec, weight: jax.Array | None = None
+) -> jax.Array:
     """Searches the shrink of each cell's range that gives the least weighted |error|^2.4.
 
     Args:
@@ -243,15 +277,16 @@ def search_shrink(x: jax.Array, low: jax.Array, high: jax.Array, spec: TensorSpe
     References:
         Frantar et al. 2022 (arXiv:2210.17323), reference implementation's `Quantizer.find_params` with `mse=True`.
     """
-    axes = block_axes(x.ndim)
+    # Errors are taken relative to the range, so that their power neither under- nor overflows.
+    width = expand_grid(jnp.where(high > low, high - low, 1.0), x.shape)
 
     def try_shrink(best, step):
         shrink, least = best
         factor = 1.0 - SHRINK_STEP * step.astype(jnp.float32)
         scale, zero_point = range_to_scale(low * factor, high * factor, spec)
         codes = encode(x, scale, zero_point, spec)
-        error = jnp.abs(decode(codes, scale, zero_point, spec) - x) ** ERROR_NORM
-        total = jnp.sum(to_blocks(error if weight is None else error * weight, low.shape), axes)
+        error = (jnp.abs(decode(codes, scale, zero_point, spec) - x) / width) ** ERROR_NORM
+        total = reduce_cells(jnp.sum, error if weight is None else error * weight, low.shape)
         better = total < least
         return (jnp.where(better, factor, shrink), jnp.where(better, total, least)), None
 
@@ -284,3 +319,21 @@ def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spe
     if zero_point is not None:
         values = values - expand_grid(zero_point.astype(jnp.float32), codes.shape)
     return values * expand_grid(scale.astype(jnp.float32), codes.shape)
+
+
+def all_finite(x: jax.Array) -> jax.Array:
+    """Whether no element is NaN or infinite, at the cost of one sum.
+
+    XLA's max drops NaN on some backends, so a range tells nothing; a sum does not. Only where it overflows are the
+    elements looked at one by one.
+
+    Args:
+        x: floating array.
+
+    Returns:
+        bool scalar.
+
+    >>> bool(all_finite(jnp.asarray([1.0, jnp.nan]))), bool(all_finite(jnp.asarray([3e38, 3e38])))
+    (False, True)
+    """
+    return jax.lax.cond(jnp.isfinite(jnp.sum(x)), lambda x: jnp.bool_(True), lambda x: jnp.all(jnp.isfinite(x)), x)

@@ -11,7 +11,7 @@ from jaxquant._qtypes import QType, get_qtype, pack_codes, unpack_codes
 from jaxquant._spec import QuantSpec, TensorSpec
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class QArray:
     """A quantized weight: `w ~ pre_scale * (qvalue - zero_point) * scale`, kept as codes.
 
@@ -92,8 +92,11 @@ class QArray:
 
     def __repr__(self) -> str:
         """Names format, shape and layout, not the numbers."""
+        if not hasattr(self.scale, "shape"):  # a pytree of specs or axes in the form of a QArray
+            return f"QArray({self.qtype}, qvalue={self.qvalue!r}, scale={self.scale!r})"
         activation = f", activation={self.activation.qtype}" if self.activation else ""
-        return f"QArray({self.qtype}{list(self.shape)}, axis={self.axis}, scale={list(self.scale.shape)}{activation}, {self.layout})"
+        scale = list(self.scale.shape)
+        return f"QArray({self.qtype}{list(self.shape)}, axis={self.axis}, scale={scale}{activation}, {self.layout})"
 
 
 jax.tree_util.register_dataclass(
@@ -146,23 +149,38 @@ def quantize_array(w: jax.Array, spec: QuantSpec, axis: int | tuple[int, ...] = 
         The quantized weight, plain layout.
 
     Raises:
-        ValueError: a group does not divide the axis and the spec does not pad.
+        TypeError: `w` is not floating.
+        ValueError: a group does not divide the axis and the spec does not pad, `w` has no elements, or `axis` is not
+            made of distinct negative axes of `w`.
 
     >>> from jaxquant._spec import PRESETS
     >>> quantize_array(jnp.ones((256, 64)), PRESETS["w4a16"]).nbytes == 256 * 64 // 2 + 2 * 64 * 2
     True
     """
-    axis = (axis,) if isinstance(axis, int) else tuple(sorted(axis))
-    padded_w, padded = _pad_weight(w.astype(jnp.float32), spec.weight, axis)
+    axis = _checked_axis(w, axis)
+    padded_w = _pad_weight(w.astype(jnp.float32), spec.weight, axis)
     scale, zero_point = find_scale(padded_w, grid_shape(padded_w.shape, axis, spec.weight.granularity), spec.weight)
     codes = encode(padded_w, scale, zero_point, spec.weight)
     return from_codes(codes, scale, zero_point, spec, axis, w.shape, w.dtype)
 
 
-def _pad_weight(w: jax.Array, spec: TensorSpec, axis: tuple[int, ...]) -> tuple[jax.Array, int]:
-    length = w.shape[axis[-1]]
-    padded = padded_length(w.shape, axis, spec.granularity) if spec.pad else length
-    return pad_axis(w, axis[-1], padded - length), padded
+def _checked_axis(w: jax.Array, axis: int | tuple[int, ...]) -> tuple[int, ...]:
+    axes = (axis,) if isinstance(axis, int) else tuple(sorted(axis))
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"a weight of dtype {w.dtype} cannot be quantized; floating dtypes are accepted")
+    if not axes or len(set(axes)) < len(axes) or not all(-w.ndim <= a < 0 for a in axes):
+        raise ValueError(
+            f"contracting axis {axis} of a weight of shape {w.shape}: distinct axes from -{w.ndim} to -1 are accepted"
+        )
+    if 0 in w.shape:
+        raise ValueError(f"a weight of shape {w.shape} has no elements to quantize; leave it in float")
+    return axes
+
+
+def _pad_weight(w: jax.Array, spec: TensorSpec, axis: tuple[int, ...]) -> jax.Array:
+    """Appends the zeros that fill the last group, if the spec asks for it."""
+    missing = padded_length(w.shape, axis, spec.granularity) - w.shape[axis[-1]] if spec.pad else 0
+    return pad_axis(w, axis[-1], missing)
 
 
 def from_codes(
@@ -239,7 +257,7 @@ def dequantize_array(q: QArray) -> jax.Array:
 def _along_contracting(factors: jax.Array, q: QArray) -> jax.Array:
     """Gives [*lead, *contracting] factors the weight's rank."""
     trailing = [size if dim - len(q.trailing) in q.axis else 1 for dim, size in enumerate(q.trailing)]
-    return jnp.broadcast_to(factors.reshape(*q.lead, *trailing), (*q.lead, *q.trailing))
+    return factors.reshape(*q.lead, *trailing)
 
 
 def _undo_order(values: jax.Array, perm: jax.Array, axis: tuple[int, ...]) -> jax.Array:
@@ -248,4 +266,3 @@ def _undo_order(values: jax.Array, perm: jax.Array, axis: tuple[int, ...]) -> ja
         raise ValueError(f"an input order needs a [..., K, N] weight with axis (-2,), got axis {axis}")
     place = jnp.argsort(perm, axis=-1)
     return jnp.take_along_axis(values, jax.lax.expand_dims(place, [place.ndim]), axis=-2)
-

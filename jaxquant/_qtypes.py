@@ -7,12 +7,14 @@ stored offset by 2^(b-1), as compressed-tensors does, so that unpacking is a shi
 
 import dataclasses
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# QLoRA's NormalFloat levels (Dettmers et al. 2023, arXiv:2305.14314, appendix E): quantiles of N(0, 1) scaled to [-1, 1].
+# QLoRA's NormalFloat levels (Dettmers et al. 2023, arXiv:2305.14314, appendix E): quantiles of N(0, 1) in [-1, 1].
 NF4_LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -64,6 +66,11 @@ class QType:
     def is_integer(self) -> bool:
         """Whether codes are integers that a product can accumulate exactly."""
         return self.kind in ("int", "uint")
+
+    @property
+    def offset(self) -> int:
+        """What packing adds to a code to make it non-negative."""
+        return 2 ** (self.bits - 1) if self.kind == "int" else 0
 
     @property
     def code_dtype(self) -> np.dtype:
@@ -118,18 +125,25 @@ def get_qtype(name: str) -> QType:
 
 
 @functools.cache
-def _overlaps(bits: int) -> tuple[tuple[int, int, int], ...]:
-    """The (code, byte, shift) triples of eight b-bit codes in b bytes; the code moves left by `shift` into its byte."""
-    return tuple(
-        (code, byte, bits * code - 8 * byte)
-        for code in range(8)
-        for byte in range(bits)
-        if bits * code < 8 * (byte + 1) and 8 * byte < bits * (code + 1)
-    )
+def _period(bits: int) -> tuple[int, int, tuple[tuple[int, int, int], ...]]:
+    """The least whole number of codes in a whole number of bytes, and which code lies in which byte.
+
+    Returns:
+        (codes, bytes, triples (code, byte, shift)); the code moves left by `shift` into its byte, right if negative.
+    """
+    codes, size = 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)
+    places = [(code, byte, bits * code - 8 * byte) for code in range(codes) for byte in range(size)]
+    return codes, size, tuple(place for place in places if -bits < place[2] < 8)
 
 
-def _shift(value: jax.Array, by: int) -> jax.Array:
-    return value << by if by >= 0 else value >> -by
+def _gather_bits(source: jax.Array, axis: int, moves: list[list[tuple[int, int]]]) -> jax.Array:
+    """Builds the uint8 elements along `axis` that are the bitwise or of shifted elements (index, shift) of `source`."""
+
+    def shifted(index: int, by: int) -> jax.Array:
+        element = jax.lax.index_in_dim(source, index, axis, keepdims=False)
+        return element << jnp.uint8(by) if by >= 0 else element >> jnp.uint8(-by)
+
+    return jnp.stack([functools.reduce(jnp.bitwise_or, itertools.starmap(shifted, move)) for move in moves], axis)
 
 
 def pack_codes(codes: jax.Array, qtype: QType, axis: int) -> jax.Array:
@@ -155,16 +169,12 @@ def pack_codes(codes: jax.Array, qtype: QType, axis: int) -> jax.Array:
     length = codes.shape[axis]
     if length % 8:
         raise ValueError(f"pack_codes: axis {axis} holds {length} codes; a multiple of 8 is packed, pad first")
-    offset = 2 ** (qtype.bits - 1) if qtype.kind == "int" else 0
-    unsigned = (codes.astype(jnp.int32) + offset).astype(jnp.uint32)
-    eights = unsigned.reshape(*codes.shape[:axis], length // 8, 8, *codes.shape[axis + 1 :])
-    words: list[jax.Array | None] = [None] * qtype.bits
-    for code, byte, shift in _overlaps(qtype.bits):
-        part = _shift(jax.lax.index_in_dim(eights, code, axis + 1, keepdims=False), shift) & 0xFF
-        held = words[byte]
-        words[byte] = part if held is None else held | part
-    packed = jnp.stack([word for word in words if word is not None], axis=axis + 1)
-    return packed.reshape(*codes.shape[:axis], length // 8 * qtype.bits, *codes.shape[axis + 1 :]).astype(jnp.uint8)
+    lead, trail = codes.shape[:axis], codes.shape[axis + 1 :]
+    count, size, places = _period(qtype.bits)
+    unsigned = codes.astype(jnp.uint8) + jnp.uint8(qtype.offset)
+    moves = [[(code, shift) for code, byte, shift in places if byte == target] for target in range(size)]
+    packed = _gather_bits(unsigned.reshape(*lead, length // count, count, *trail), axis + 1, moves)
+    return packed.reshape(*lead, length // 8 * qtype.bits, *trail)
 
 
 def unpack_codes(packed: jax.Array, qtype: QType, axis: int) -> jax.Array:
@@ -185,22 +195,17 @@ def unpack_codes(packed: jax.Array, qtype: QType, axis: int) -> jax.Array:
     if not qtype.packed:
         return packed
     axis = axis % packed.ndim
-    bits, lead, trail = qtype.bits, packed.shape[:axis], packed.shape[axis + 1 :]
-    mask, offset = 2**bits - 1, 2 ** (bits - 1) if qtype.kind == "int" else 0
-    if 8 % bits == 0:  # a code never straddles bytes: one shift for each place in the byte
-        shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8).reshape(-1, *([1] * len(trail)))
-        spread = jax.lax.expand_dims(packed, [axis + 1])
-        codes = (spread >> shifts.reshape(*([1] * (axis + 1)), *shifts.shape)) & jnp.uint8(mask)
+    lead, trail = packed.shape[:axis], packed.shape[axis + 1 :]
+    count, size, places = _period(qtype.bits)
+    bytes_ = packed.reshape(*lead, packed.shape[axis] // size, size, *trail)
+    if size == 1:  # whole codes in every byte: one broadcast shift
+        shifts = jnp.arange(0, 8, qtype.bits, dtype=jnp.uint8)
+        codes = bytes_ >> jax.lax.expand_dims(shifts, [*range(axis + 1), *range(axis + 2, bytes_.ndim)])
     else:
-        words = packed.reshape(*lead, packed.shape[axis] // bits, bits, *trail).astype(jnp.uint16)
-        parts: list[jax.Array | None] = [None] * 8
-        for code, byte, shift in _overlaps(bits):
-            part = _shift(jax.lax.index_in_dim(words, byte, axis + 1, keepdims=False), -shift) & mask
-            held = parts[code]
-            parts[code] = part if held is None else held | part
-        codes = jnp.stack([part for part in parts if part is not None], axis=axis + 1)
-    codes = codes.astype(qtype.code_dtype).reshape(*lead, packed.shape[axis] * 8 // bits, *trail)
-    return codes - jnp.asarray(offset, codes.dtype) if offset else codes
+        moves = [[(byte, -shift) for code, byte, shift in places if code == target] for target in range(count)]
+        codes = _gather_bits(bytes_, axis + 1, moves)
+    codes = (codes & jnp.uint8(2**qtype.bits - 1)) - jnp.uint8(qtype.offset)
+    return codes.astype(qtype.code_dtype).reshape(*lead, packed.shape[axis] * 8 // qtype.bits, *trail)
 
 
 def decode_codes(codes: jax.Array, qtype: QType, dtype: np.dtype | type = jnp.float32) -> jax.Array:
@@ -230,15 +235,33 @@ def encode_values(values: jax.Array, qtype: QType) -> jax.Array:
         qtype: the format.
 
     Returns:
-        Codes of `qtype.code_dtype`; ties go to the even integer or mantissa, and to the lower level of a table.
+        Codes of `qtype.code_dtype`; ties go to the even integer, mantissa or index.
 
     >>> encode_values(jnp.asarray([0.5, 1.5, 99.0]), get_qtype("int4")).tolist()
     [0, 2, 7]
     """
     if qtype.kind == "table":
-        ordered, index = np.unique(np.asarray(qtype.levels), return_index=True)  # -0.0 is 0.0's twin: one is enough
-        midpoints = jnp.asarray((ordered[1:] + ordered[:-1]) / 2, values.dtype)
-        place = jnp.searchsorted(midpoints, values, side="left", method="compare_all")
-        return jnp.asarray(index, jnp.uint8)[place]
+        first, bounds = _table_bounds(qtype)
+        codes = jnp.full(values.shape, first, jnp.uint8)
+        for bound, step in bounds:  # as many compares as levels, but they fuse: a search or a lookup would not
+            codes += jnp.where(values > bound, jnp.uint8(step), jnp.uint8(0))
+        return codes
     clipped = jnp.clip(values, qtype.qmin, qtype.qmax)
     return (clipped if qtype.kind == "float" else jnp.round(clipped)).astype(qtype.code_dtype)
+
+
+@functools.cache
+def _table_bounds(qtype: QType) -> tuple[int, tuple[tuple[np.float32, int], ...]]:
+    """The code of the least level; for each next level the float32 above which it is nearest, and its code's step.
+
+    Steps count modulo 256, because a sign bit makes codes fall while levels rise. A midpoint that float32 cannot hold
+    is rounded down; one that it can belongs to the level of even index.
+    """
+    levels, index = np.unique(np.asarray(qtype.levels), return_index=True)  # -0.0 is 0.0's twin: one is enough
+    bounds = []
+    for middle, code, above in zip((levels[1:] + levels[:-1]) / 2, index[:-1], index[1:], strict=True):
+        bound = np.float32(middle)
+        if bound > middle or (bound == middle and above % 2 == 0):
+            bound = np.nextafter(bound, np.float32(-np.inf))
+        bounds.append((bound, int(above - code) % 256))
+    return int(index[0]), tuple(bounds)

@@ -1,6 +1,7 @@
 """Which parameter is quantized how: rules and conventions applied to the leaves of a tree."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -38,12 +39,15 @@ def assign(params: Any, config: QuantConfig, axes: dict[str, tuple[int, ...]] | 
 
     Raises:
         ValueError: the tree is empty, or a rule matches nothing or names a leaf that cannot be quantized.
+        TypeError: a rule names a leaf that is no array.
         TypeError: a leaf is no array.
     """
     leaves = named_leaves(params)
     if not leaves:
-        raise ValueError("quantize: the parameter tree has no leaves; pass the parameters themselves, for example"
-                         " variables['params']")
+        raise ValueError(
+            "quantize: the parameter tree has no leaves; pass the parameters themselves, for example"
+            " variables['params']"
+        )
     _check_rules(config.rules, [path for path, _ in leaves])
     return {path: _assign_leaf(path, leaf, config, axes or {}) for path, leaf in leaves}
 
@@ -52,8 +56,10 @@ def _check_rules(rules: tuple[Rule, ...], paths: list[str]) -> None:
     for rule in rules:
         if not any(rule.matches(path) for path in paths):
             near = ", ".join(nearest_paths(rule.pattern, paths))
-            raise ValueError(f"rule {rule.pattern!r} matches no parameter; the nearest paths are: {near}"
-                             " (patterns match the whole path)")
+            raise ValueError(
+                f"rule {rule.pattern!r} matches no parameter; the nearest paths are: {near}"
+                " (patterns match the whole path)"
+            )
 
 
 def _assign_leaf(path: str, leaf: Any, config: QuantConfig, axes: dict[str, tuple[int, ...]]) -> Assignment:
@@ -63,18 +69,15 @@ def _assign_leaf(path: str, leaf: Any, config: QuantConfig, axes: dict[str, tupl
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
         raise TypeError(f"{path}: expected an array, got {type(leaf).__name__}; a parameter tree holds arrays only")
     rule = next((rule for rule in config.rules if rule.matches(path)), None)
-    floating, shape = jnp.issubdtype(leaf.dtype, jnp.floating), tuple(leaf.shape)
+    if rule is not None and rule.spec is None:
+        return dataclasses.replace(left, reason=f"rule {rule.pattern!r} leaves it")
     if rule is not None:
-        if rule.spec is None:
-            return dataclasses.replace(left, reason=f"rule {rule.pattern!r} leaves it")
-        if not floating:
-            raise ValueError(f"{path}: rule {rule.pattern!r} asks to quantize a leaf of dtype {leaf.dtype}; floating dtypes"
-                             " are accepted: leave it with Rule(pattern, None) placed before")
-        if not shape:
-            raise ValueError(f"{path}: rule {rule.pattern!r} asks to quantize a scalar; arrays of one dimension or more are"
-                             " accepted: leave it with Rule(pattern, None) placed before")
-        axis = rule.axes or axes.get(path) or conventional_axis(path, shape)
+        _check_leaf(path, leaf, rule)
+        axis = rule.axes or axes.get(path) or conventional_axis(path, tuple(leaf.shape))
         return Assignment(rule.spec, axis, f"rule {rule.pattern!r}")
+    if not _is_array(leaf):
+        return dataclasses.replace(left, reason=f"a {type(leaf).__name__}, not an array")
+    floating, shape = jnp.issubdtype(leaf.dtype, jnp.floating), tuple(leaf.shape)
     if not floating:
         return dataclasses.replace(left, reason=f"dtype {leaf.dtype} is not floating")
     if len(shape) < 2:
@@ -84,14 +87,38 @@ def _assign_leaf(path: str, leaf: Any, config: QuantConfig, axes: dict[str, tupl
         return dataclasses.replace(left, reason=f"left by default ({skip!r})")
     if config.default is None:
         return dataclasses.replace(left, reason="no rule speaks of it")
-    return Assignment(config.default, axes.get(path) or conventional_axis(path, shape), "default")
+    axis = axes.get(path) or conventional_axis(path, shape)
+    if math.prod(shape[a] for a in axis) == 1:
+        return dataclasses.replace(left, reason=f"contracting axes {axis} of one element: no matrix")
+    return Assignment(config.default, axis, "default")
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _check_leaf(path: str, leaf: Any, rule: Rule) -> None:
+    """Raises where a rule asks to quantize what cannot be."""
+    asks, remedy = f"{path}: rule {rule.pattern!r} asks to quantize", "leave it with Rule(pattern, None) placed before"
+    if not _is_array(leaf):
+        raise TypeError(f"{asks} a {type(leaf).__name__}; arrays are accepted: {remedy}")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(f"{asks} a leaf of dtype {leaf.dtype}; floating dtypes are accepted: {remedy}")
+    if not leaf.shape:
+        raise ValueError(f"{asks} a scalar; arrays of one dimension or more are accepted: {remedy}")
+    if rule.axes and rule.axes[0] < -len(leaf.shape):
+        raise ValueError(
+            f"{asks} along axis {rule.axes}, which shape {tuple(leaf.shape)} does not have; give axes from"
+            f" -{len(leaf.shape)} to -1"
+        )
 
 
 def conventional_axis(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Guesses the contracting axes of a weight from Flax's names, where no traced program tells.
 
     Flax's attention projects with `query/kernel` [D, H, Dh] and `out/kernel` [H, Dh, D]; convolutions have a `kernel`
-    [*window, in, out]; everything else contracts its last axis but one (`Dense` [in, out], also under a scan stack).
+    [*window, in, out]; Equinox's and PyTorch's `weight` is [out, in]; everything else contracts its last axis but one
+    (`Dense` [in, out], also under a scan stack).
     A wrong guess costs accuracy or speed, never correctness: products divide by whatever grid the weight has.
 
     >>> conventional_axis("attention/out/kernel", (8, 64, 512))
@@ -108,6 +135,6 @@ def conventional_axis(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
             return (-3, -2)
         if len(shape) >= 4:
             return tuple(range(-len(shape), -1))
-    if names[-1] == "embedding":
+    if names[-1] in ("embedding", "weight"):
         return (-1,)
     return (-2,)

@@ -21,7 +21,11 @@ Grid = Literal["full", "restricted", "power", "signed"]
 
 @dataclasses.dataclass(frozen=True)
 class PerTensor:
-    """One scale for the whole matrix (for each layer of a stack, for each expert)."""
+    """One scale for the whole matrix.
+
+    The matrix begins at the first contracting axis: each index of the axes before it (layers of a stack, experts, the
+    rows of an embedding that contracts its last axis) has a scale of its own, as a scan may slice them.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,7 @@ class PerBlock:
     """One scale for each block of the matrix (DeepSeek's 128 x 128 form).
 
     Attributes:
-        shape: (elements along the contracting axis, elements along the last output axis).
+        shape: (elements along the contracting axis, elements along the last output axis behind it).
     """
 
     shape: tuple[int, int] = (128, 128)
@@ -108,7 +112,9 @@ class TensorSpec:
         if self.grid not in Grid.__args__:
             raise ValueError(f"TensorSpec: grid {self.grid!r} is not known; accepted: {', '.join(Grid.__args__)}")
         if not isinstance(self.granularity, Granularity):
-            raise TypeError(f"TensorSpec: granularity must be one of PerTensor() ... PerBlock(), got {self.granularity!r}")
+            raise TypeError(
+                f"TensorSpec: granularity must be one of PerTensor() ... PerBlock(), got {self.granularity!r}"
+            )
         if self.scale_dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"TensorSpec: scale_dtype {self.scale_dtype!r}; accepted: float32, bfloat16, float16")
         if self.grid == "signed" and qtype.kind != "int":
@@ -144,6 +150,9 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         """Checks that both sides can meet in one product."""
+        for side, spec in (("weight", self.weight), ("activation", self.activation)):
+            if not isinstance(spec, TensorSpec) and not (spec is None and side == "activation"):
+                raise TypeError(f"QuantSpec: {side} must be a TensorSpec, got {spec!r}")
         if isinstance(self.weight.granularity, PerToken):
             raise ValueError("QuantSpec: PerToken() is for activations; a weight takes PerChannel() or PerGroup(size)")
         activation = self.activation
@@ -151,16 +160,28 @@ class QuantSpec:
             return
         if not isinstance(activation.granularity, PerTensor | PerToken | PerGroup):
             raise ValueError(
-                f"QuantSpec: an activation takes PerTensor(), PerToken() or PerGroup(size), got {activation.granularity}:"
-                " a scale on the contracting axis of both sides cannot be divided out of the sum"
+                f"QuantSpec: an activation takes PerTensor(), PerToken() or PerGroup(size), got {activation.granularity}"
             )
+        weight = self.weight.format
         if activation.format.packed or activation.format.kind == "table" or activation.format.bits > 8:
             raise ValueError(f"QuantSpec: activation qtype {activation.qtype!r}; accepted: int8, uint8 and the float8s")
-        if (activation.format.kind == "float") != (self.weight.format.kind == "float") and not self.weight.format.packed:
+        if activation.format.is_integer and (weight.kind == "table" or weight.bits > 8):
+            raise ValueError(
+                f"QuantSpec: weight {self.weight.qtype} and activation {activation.qtype} share no integer product;"
+                " leave the activation in float, or take a weight of at most eight integer bits"
+            )
+        if not weight.packed and (activation.format.kind == "float") != (weight.kind == "float"):
             raise ValueError(
                 f"QuantSpec: weight {self.weight.qtype} and activation {activation.qtype} share no product;"
                 " take integers on both sides or float8 on both"
             )
+
+
+def _check_pattern(pattern: str, what: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{what} {pattern!r} is no regular expression: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,14 +203,16 @@ class Rule:
 
     def __post_init__(self) -> None:
         """Compiles the pattern and normalises the axes."""
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"Rule: pattern {self.pattern!r} is no regular expression: {error}") from error
+        _check_pattern(self.pattern, "Rule: pattern")
+        if not isinstance(self.spec, QuantSpec | None):
+            raise TypeError(
+                f"Rule({self.pattern!r}): spec must be a QuantSpec or None, got {self.spec!r}"
+                " (a preset's is PRESETS[name])"
+            )
         if self.axis is not None:
             axes = (self.axis,) if isinstance(self.axis, int) else tuple(sorted(self.axis))
-            if not axes or any(axis >= 0 for axis in axes):
-                raise ValueError(f"Rule: axis counts from the end, so it is negative; got {self.axis!r}")
+            if not axes or len(set(axes)) < len(axes) or any(axis >= 0 for axis in axes):
+                raise ValueError(f"Rule: axes count from the end, so they are negative and distinct; got {self.axis!r}")
             object.__setattr__(self, "axis", axes)
 
     @property
@@ -202,10 +225,10 @@ class Rule:
         return re.fullmatch(self.pattern, path) is not None
 
 
-# What a user would be surprised to find quantized: lookups, norms, routers and the head. First match wins.
+# What a user would be surprised to find quantized: lookups, norms, routers, adapters and the head. First match wins.
 DEFAULT_SKIP = (
     r"(.*/)?(bias|b|scale|mean|var|count|gamma|beta)",
-    r"(.*/)?[^/]*(embed|norm|layer_?norm|ln_|router|lm_head|logits)[^/]*(/.*)?",
+    r"(.*/)?[^/]*(embed|pos_?emb|tok_?emb|norm|ln_|router|lm_head|logits|lora)[^/]*(/.*)?",
     r"(.*/)?(ln|head|gate|wte|wpe)(/.*)?",
 )
 
@@ -239,8 +262,13 @@ class QuantConfig:
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise TypeError(f"QuantConfig: rules holds {rule!r}; each must be a jaxquant.Rule")
+        if not isinstance(self.default, QuantSpec | None):
+            raise TypeError(
+                f"QuantConfig: default must be a QuantSpec or None, got {self.default!r}"
+                " (a preset's whole configuration is QuantConfig.preset(name))"
+            )
         for pattern in self.skip:
-            re.compile(pattern)
+            _check_pattern(pattern, "QuantConfig: skip pattern")
 
     @classmethod
     def preset(
@@ -255,8 +283,8 @@ class QuantConfig:
         """Makes the configuration of a well-known recipe.
 
         Args:
-            name: one of `PRESETS`: `w4a16`, `w4a16-asym`, `w4a16-channel`, `w3a16`, `w2a16`, `w8a16`, `w8a8`,
-                `w8a8-tensor`, `w4a8`, `fp8`, `nf4`, `mxfp4`.
+            name: one of `PRESETS`: `w8a16`, `w4a16`, `w4a16-asym`, `w4a16-channel`, `w3a16`, `w3a16-asym`, `w2a16`,
+                `w8a8`, `w8a8-tensor`, `w4a8`, `w4a8-channel`, `fp8`, `nf4`, `mxfp4`.
             group_size: replaces the preset's group size.
             rules: the caller's rules, tried before the defaults.
             algorithm: how weights are rounded; None is round-to-nearest.
