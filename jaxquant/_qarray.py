@@ -17,22 +17,22 @@ class QArray:
 
     The product it stands for is `y = ((x * pre_scale)[..., perm]) @ ((qvalue - zero_point) * scale)`.
 
-    Invariants (checked by whoever builds one, never on unflatten): every leaf has the weight's leading dimensions in
-    front, so `scan`, `vmap` and indexing of a stack slice all leaves alike; `scale` and `zero_point` are grids (the
-    weight's rank, each dimension divides the padded weight's); codes of fewer than eight bits are packed along
-    `axis[-1]`. There is no implicit conversion to a float array: that copy is what the library exists to avoid.
+    Invariants (checked by whoever builds one, never on unflatten): every leaf has the weight's rank and its leading
+    dimensions in front, so `scan`, `vmap` and indexing of a stack slice all leaves alike; every leaf but `qvalue` is a
+    grid (each dimension divides the padded weight's); codes of fewer than eight bits are packed along `axis[-1]`. There
+    is no implicit conversion to a float array: that copy is what the library exists to avoid.
 
     Attributes:
         qvalue: codes; uint8 bytes along `axis[-1]` for packed formats, else `format.code_dtype`. In a kernel's layout,
             what that kernel packs.
         scale: grid of scales, may be negative.
         zero_point: grid of uint8, or None.
-        pre_scale: [*lead, *contracting dims] factors of the activation (AWQ, SmoothQuant), or None.
-        act_scale: [*lead] static activation scale, or None for dynamic.
-        act_zero_point: [*lead] static activation zero point, or None.
-        perm: [*lead, K] int32 input order (act-order with sorted groups), or None.
+        pre_scale: factors of the activation (AWQ, SmoothQuant), of size 1 on every output dimension, or None.
+        act_scale: static activation scale, of size 1 but on leading dimensions, or None for dynamic.
+        act_zero_point: static activation zero point, alike, or None.
+        perm: int32 input order (act-order with sorted groups), of size 1 on every output dimension, or None.
         qtype: the number format's name.
-        axis: contracting axes, negative and ascending.
+        axis: contracting axes, negative, the packed one last; ascending unless the weight was transposed.
         trailing: logical sizes of the dimensions from `axis[0]` on; earlier ones are read off the leaves.
         padded: length of `axis[-1]` in codes, padding to whole groups included.
         dtype: the logical dtype.
@@ -207,22 +207,26 @@ def from_codes(
         axis: contracting axes, negative and ascending.
         shape: the logical weight's shape.
         dtype: the logical weight's dtype.
-        pre_scale: activation factors or None.
-        act_scale: static activation scale or None.
-        act_zero_point: static activation zero point or None.
-        perm: input order or None.
+        pre_scale: [*lead, *contracting dims] activation factors or None.
+        act_scale: [*lead] static activation scale or None.
+        act_zero_point: [*lead] static activation zero point or None.
+        perm: [*lead, K] input order or None.
 
     Returns:
         The QArray.
     """
+
+    def widen(leaf: jax.Array | None) -> jax.Array | None:
+        return leaf if leaf is None or leaf.ndim == len(shape) else _to_rank(leaf, axis, tuple(shape))
+
     return QArray(
         qvalue=pack_padded(codes, spec.weight.format, axis[-1]),
         scale=scale,
         zero_point=zero_point,
-        pre_scale=pre_scale,
-        act_scale=act_scale,
-        act_zero_point=act_zero_point,
-        perm=perm,
+        pre_scale=widen(pre_scale),
+        act_scale=widen(act_scale),
+        act_zero_point=widen(act_zero_point),
+        perm=widen(perm),
         qtype=spec.weight.qtype,
         axis=axis,
         trailing=tuple(shape[axis[0] :]),
@@ -230,6 +234,13 @@ def from_codes(
         dtype=jnp.dtype(dtype),
         activation=spec.activation,
     )
+
+
+def _to_rank(leaf: jax.Array, axis: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    """Gives a leaf of [*lead, *contracting dims], or of [*lead] only, the weight's rank with ones in between."""
+    lead = len(shape) + axis[0]
+    held = [d for d in range(lead, len(shape)) if leaf.ndim > lead and d - len(shape) in axis]
+    return leaf.reshape([shape[d] if d < lead or d in held else 1 for d in range(len(shape))])
 
 
 def dequantize_array(q: QArray) -> jax.Array:
@@ -247,22 +258,9 @@ def dequantize_array(q: QArray) -> jax.Array:
     """
     values = decode(codes_of(q), q.scale, q.zero_point, TensorSpec(q.qtype))
     values = jax.lax.slice_in_dim(values, 0, q.trailing[q.axis[-1]], axis=values.ndim + q.axis[-1])
-    if q.perm is not None:
-        values = _undo_order(values, q.perm, q.axis)
+    if q.perm is not None:  # the row at place i belongs to input perm[i]
+        dim = values.ndim + q.axis[-1]
+        values = jnp.take_along_axis(values, jnp.argsort(q.perm, axis=dim), axis=dim)
     if q.pre_scale is not None:
-        values = values * _along_contracting(q.pre_scale.astype(jnp.float32), q)
+        values = values * q.pre_scale.astype(jnp.float32)
     return values.astype(q.dtype)
-
-
-def _along_contracting(factors: jax.Array, q: QArray) -> jax.Array:
-    """Gives [*lead, *contracting] factors the weight's rank."""
-    trailing = [size if dim - len(q.trailing) in q.axis else 1 for dim, size in enumerate(q.trailing)]
-    return factors.reshape(*q.lead, *trailing)
-
-
-def _undo_order(values: jax.Array, perm: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    """Puts rows that were sorted by `perm` back: the row at place i belongs to input perm[i]."""
-    if axis != (-2,):
-        raise ValueError(f"an input order needs a [..., K, N] weight with axis (-2,), got axis {axis}")
-    place = jnp.argsort(perm, axis=-1)
-    return jnp.take_along_axis(values, jax.lax.expand_dims(place, [place.ndim]), axis=-2)
