@@ -16,8 +16,14 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The first call of each shape compiles, so a deadline an example would only measure XLA.
-hypothesis.settings.register_profile("jax", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# The first call of each shape compiles, so a deadline an example would only measure XLA. Examples are new in CI too.
+hypothesis.settings.register_profile(
+    "jax",
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("jax")
 
 

@@ -4,8 +4,6 @@ import importlib.util
 import pathlib
 import re
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
 
@@ -37,8 +35,3 @@ def test_shell_blocks_name_real_targets_and_modules():
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
     modules = re.findall(r"python -m ([\w.]+)", shell)
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
-
-
-@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"])
-def test_readme_companions_exist(name):
-    assert (ROOT / name).read_text().strip()
