@@ -90,7 +90,11 @@ def _check(x, qweight, scale, zero_point, pre_scale, bias):
         raise ValueError(f"qweight has shape {qweight.shape}; x with K = {k} and scale with N = {n} need {packed}")
     if k % groups:
         raise ValueError(f"scale has {groups} groups, which do not divide K = {k}")
-    for name, array, shape in (("zero_point", zero_point, scale.shape), ("pre_scale", pre_scale, (k,)), ("bias", bias, (n,))):
+    for name, array, shape in (
+        ("zero_point", zero_point, scale.shape),
+        ("pre_scale", pre_scale, (k,)),
+        ("bias", bias, (n,)),
+    ):
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
 
@@ -108,7 +112,9 @@ def _multiply_forward(implementation, config, x, qweight, scale, zero_point, bia
 def _multiply_backward(implementation, config, residuals, cotangent):
     del implementation, config
     x, qweight, scale, zero_point, bias = residuals
-    _, vjp = jax.vjp(lambda x, scale, zero, bias: int4_matmul_reference(x, qweight, scale, zero, bias), x, scale, zero_point, bias)
+    _, vjp = jax.vjp(
+        lambda x, scale, zero, bias: int4_matmul_reference(x, qweight, scale, zero, bias), x, scale, zero_point, bias
+    )
     dx, dscale, dzero, dbias = vjp(cotangent)
     return dx, None, dscale, dzero, dbias
 

@@ -1,6 +1,7 @@
 """Configurations of the Hopper int4 kernel: what one is, which problems it takes, and a cost model that picks one."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -47,13 +48,19 @@ class Config:
     def shared_memory_bytes(self, group_size: int, has_zero_point: bool) -> int:
         """Shared memory that a launch takes, for 16-bit x and scales."""
         rows = max(1, self.block_k // group_size)
-        stage = self.block_m * self.block_k * 2 + self.block_n * self.block_k // 2 + rows * self.block_n * 2 * (1 + has_zero_point)
+        stage = (
+            self.block_m * self.block_k * 2
+            + self.block_n * self.block_k // 2
+            + rows * self.block_n * 2 * (1 + has_zero_point)
+        )
         chunk = self.block_m // self.chunks
         partial = self.num_warpgroups * (self.split_k - 1) * TILE * chunk * 4
         return self.num_stages * stage + partial + self.num_warpgroups * 2 * min(chunk, 64) * TILE * 2
 
 
-def supports(k: int, n: int, num_groups: int, dtype, *, config: Config | None = None, has_zero_point: bool = False) -> str | None:
+def supports(
+    k: int, n: int, num_groups: int, dtype, *, config: Config | None = None, has_zero_point: bool = False
+) -> str | None:
     """Why the Hopper kernel cannot take a problem, or None if it can.
 
     Args:
@@ -66,8 +73,6 @@ def supports(k: int, n: int, num_groups: int, dtype, *, config: Config | None = 
     """
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"x is {jnp.dtype(dtype).name}; the kernel takes bfloat16 or float16"
-    if k % 8:
-        return f"K = {k} is not a multiple of 8 (the copy engine moves rows of 16 bytes)"
     if n % TILE:
         return f"N = {n} is not a multiple of {TILE}; pack() pads it"
     group_size = k // num_groups
@@ -83,19 +88,26 @@ def supports(k: int, n: int, num_groups: int, dtype, *, config: Config | None = 
     return None
 
 
-def candidates(m: int, k: int, n: int, num_groups: int, dtype=jnp.bfloat16, has_zero_point: bool = False) -> list[Config]:
-    """The configurations worth trying for a problem; the first is not special."""
+def candidates(
+    m: int, k: int, n: int, num_groups: int, dtype=jnp.bfloat16, has_zero_point: bool = False
+) -> list[Config]:
+    """The configurations worth trying for a problem."""
     few = m <= 64
-    block_ms = [max(8, 1 << (m - 1).bit_length())] if few else [128] if m <= 128 else [128, 256]
-    if few:
-        cut = itertools.product(block_ms, (256, 512), (3, 4, 6, 8), (1, 2, 3, 4), (1, 2, 4), (True,))
-    else:
-        cut = itertools.product(block_ms, (64, 128), (2, 3, 4, 5), (2,), (1, 2, 4), (False,))
-    configs = [
-        Config(block_m=bm, block_k=bk, num_stages=stages, num_warpgroups=warpgroups, split_k=split, scale_after=after)
-        for bm, bk, stages, warpgroups, split, after in cut
-    ]
-    return [c for c in configs if supports(k, n, num_groups, dtype, config=c, has_zero_point=has_zero_point) is None]
+    tokens = [max(8, 1 << (m - 1).bit_length())] if few else [128] if m <= 128 else [128, 256]
+    block_ks, warpgroups, splits = ((256, 512), (1, 2, 3, 4), (1, 2, 4)) if few else ((64, 128), (2,), (1, 2, 4))
+    if num_groups > 1 and k // num_groups == 32:
+        block_ks += (128,)
+    configs = []
+    for block_m, block_k, count, split in itertools.product(tokens, block_ks, warpgroups, splits):
+        if count == 4 and block_m == 64:  # 96 registers at launch do not hold its accumulators: it spills
+            continue
+        cut = Config(
+            block_m=block_m, block_k=block_k, num_stages=1, num_warpgroups=count, split_k=split, scale_after=few
+        )
+        takes = functools.partial(supports, k, n, num_groups, dtype, has_zero_point=has_zero_point)
+        depths = [s for s in range(2, 9) if takes(config=dataclasses.replace(cut, num_stages=s)) is None]
+        configs += [dataclasses.replace(cut, num_stages=s) for s in depths[-3::2]]
+    return configs
 
 
 def default_config(m: int, k: int, n: int, num_groups: int, dtype=jnp.bfloat16, has_zero_point: bool = False) -> Config:
@@ -106,7 +118,9 @@ def default_config(m: int, k: int, n: int, num_groups: int, dtype=jnp.bfloat16, 
     """
     fitting = candidates(m, k, n, num_groups, dtype, has_zero_point)
     if not fitting:
-        raise NotImplementedError(f"int4_matmul has no Hopper configuration for M={m}, K={k}, N={n}, {num_groups} groups")
+        raise NotImplementedError(
+            f"int4_matmul has no Hopper configuration for M={m}, K={k}, N={n}, {num_groups} groups"
+        )
     return min(fitting, key=lambda c: predicted_microseconds(c, m, k, n))
 
 
@@ -117,11 +131,10 @@ def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
     waves = math.ceil(tiles / num_clusters(c.split_k))
     inputs = math.ceil(math.ceil(k / c.block_k) / c.split_k) * c.block_k
     rows = min(m, c.block_m)
-    # Per SM and microsecond: 30 kB from memory, 45 kB from the L2 cache, 5.4 million multiply-adds or half a million codes unpacked.
+    # Per SM and microsecond: 30 kB from memory, 60 kB from the L2 cache, 2.9 million multiply-adds or 100 thousand codes unpacked.
     weight_bytes, x_bytes = c.block_n * inputs / 2, rows * inputs * 2
-    copy = max(weight_bytes / 30e3, (weight_bytes + x_bytes) / 45e3)
     in_flight = c.num_stages * (c.block_n * c.block_k / 2)
-    copy *= max(1.0, 48e3 / in_flight)
+    copy = max(weight_bytes / 30e3 * max(1.0, 48e3 / in_flight), (weight_bytes + x_bytes) / 60e3)
     compute = max(c.block_n * inputs * c.block_m / 2.9e6, c.block_n * inputs / 100e3 / min(1.0, c.num_warpgroups / 2))
     return 3.0 + waves * (max(copy, compute) + 0.7 + 0.3 * (c.split_k > 1))
 

@@ -40,7 +40,9 @@ def pack(codes: jax.Array) -> jax.Array:
     k_tiles, n_tiles = -(-k // TILE), -(-n // TILE)
     tiled = offset.reshape(*lead, k_tiles, *_TILED_K, n_tiles, *_TILED_N)
     nibbles = _transpose_trailing(tiled, _TO_FRAGMENT).reshape(*lead, n_tiles, k_tiles, 2, 256, 8).astype(jnp.uint32)
-    words = (nibbles << (4 * jnp.arange(8, dtype=jnp.uint32)).reshape((1,) * (nibbles.ndim - 1) + (8,))).sum(-1, dtype=jnp.uint32)
+    words = (nibbles << (4 * jnp.arange(8, dtype=jnp.uint32)).reshape((1,) * (nibbles.ndim - 1) + (8,))).sum(
+        -1, dtype=jnp.uint32
+    )
     return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 

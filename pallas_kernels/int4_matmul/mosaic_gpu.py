@@ -10,7 +10,8 @@ its flexible side (8 to 256). One kernel serves both regimes; a `Config` says ho
 - Many tokens (compute-bound): weights are scaled before the product, and the unpacking of one tile runs under the product of the
   one before.
 
-Ragged edges cost nothing around the kernel: the copy engine fills reads out of bounds with zeros and drops such writes.
+Ragged tiles cost nothing: the copy engine fills reads out of bounds with zeros and drops such writes. Only a token count over 8
+that is no multiple of 8 is padded to one outside the kernel, and the inputs of a per-channel weight to a multiple of 64.
 """
 
 import functools
@@ -25,13 +26,18 @@ from pallas_kernels.int4_matmul.config import Config, num_clusters
 from pallas_kernels.int4_matmul.layout import CODE_OFFSET, TILE
 from pallas_kernels.int4_matmul.unpack import MAGIC, ROWS, unpack_int4
 
-# Registers a thread keeps per number of compute warpgroups (65536 / 128 threads, less 40 for the copying warpgroup, in steps of 8).
+# Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at launch
+# (168, 128, 96) pays exactly for what the others take, in steps of 8.
 _COMPUTE_REGISTERS = {2: 232, 3: 152, 4: 112}
-_COPY_REGISTERS = {2: 40, 3: 40, 4: 40}
+_COPY_REGISTERS = {2: 40, 3: 40, 4: 24}
 
 
 def int4_matmul_mosaic_gpu(x, qweight, scale, zero_point, bias, *, config: Config) -> jax.Array:
     """Launch the kernel: `x` `[M, K]`, the operands of `int4_matmul` in two dimensions; returns `[M, N padded to 64]`."""
+    tokens, k = x.shape
+    if tokens > 8 or k % TILE:  # The copy engine addresses x in tiles of 8 rows by 64 (groups of 32: by 32) inputs.
+        depth = TILE if scale.shape[0] == 1 else min(TILE, k // scale.shape[0])
+        x = jnp.pad(x, ((0, -tokens % 8 if tokens > 8 else 0), (0, -k % depth)))
     m, k = x.shape
     n = qweight.shape[0] * TILE
     plan = _Plan(m, n, k, scale.shape[0], x.dtype, scale.dtype, zero_point is not None, bias is not None, config)
@@ -47,7 +53,8 @@ def int4_matmul_mosaic_gpu(x, qweight, scale, zero_point, bias, *, config: Confi
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    return kernel(*operands)
+    out = kernel(*operands)
+    return out if m == tokens else out[:tokens]
 
 
 class _Plan:
@@ -66,6 +73,7 @@ class _Plan:
         self.chunks = config.chunks
         self.chunk_m = config.block_m // config.chunks
         self.piece_m = min(self.chunk_m, 64)
+        self.stagings = min(2, self.chunk_m // self.piece_m)
         self.num_clusters = min(num_clusters(config.split_k), self.m_tiles * self.n_tiles)
 
     def tile(self, index):
@@ -83,13 +91,15 @@ class _Plan:
             "w": plgpu.SMEM((stages, c.num_warpgroups, c.block_k // TILE, 2, 256), jnp.int32),
             "scale": plgpu.SMEM(rows, self.scale_dtype),
             "zero": plgpu.SMEM(rows, self.scale_dtype) if self.has_zero_point else None,
-            "out": _tiled((c.num_warpgroups, 2, self.piece_m, TILE), self.dtype, TILE),
+            "out": _tiled((c.num_warpgroups, self.stagings, self.piece_m, TILE), self.dtype, TILE),
             "full": plgpu.Barrier(num_arrivals=3 + self.has_zero_point, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
         }
         if c.split_k > 1:
             scratch |= {
-                "partial": _tiled((c.num_warpgroups, c.split_k - 1, TILE, self.chunk_m), jnp.float32, min(self.chunk_m, 32)),
+                "partial": _tiled(
+                    (c.num_warpgroups, c.split_k - 1, TILE, self.chunk_m), jnp.float32, min(self.chunk_m, 32)
+                ),
                 "arrived": plgpu.Barrier(num_arrivals=c.split_k - 1, num_barriers=c.num_warpgroups),
                 "free": plgpu.ClusterBarrier(collective_axes=("split",), num_barriers=c.num_warpgroups),
             }
@@ -158,9 +168,13 @@ def _copy_tiles(plan: _Plan, x, w, scale, zero, smem):
         columns = pl.ds(n_tile * c.block_n, c.block_n)
         k_tiles = c.block_k // TILE
         plgpu.copy_gmem_to_smem(
-            w.at[pl.ds(n_tile * c.num_warpgroups, c.num_warpgroups), pl.ds(step * k_tiles, k_tiles)], smem["w"].at[slot], full
+            w.at[pl.ds(n_tile * c.num_warpgroups, c.num_warpgroups), pl.ds(step * k_tiles, k_tiles)],
+            smem["w"].at[slot],
+            full,
         )
-        plgpu.copy_gmem_to_smem(x.at[pl.ds(m_tile * c.block_m, c.block_m), pl.ds(step * c.block_k, c.block_k)], smem["x"].at[slot], full)
+        plgpu.copy_gmem_to_smem(
+            x.at[pl.ds(m_tile * c.block_m, c.block_m), pl.ds(step * c.block_k, c.block_k)], smem["x"].at[slot], full
+        )
         plgpu.copy_gmem_to_smem(scale.at[rows, columns], smem["scale"].at[slot], full)
         if zero is not None:
             plgpu.copy_gmem_to_smem(zero.at[rows, columns], smem["zero"].at[slot], full)
@@ -207,7 +221,12 @@ def _multiply(plan: _Plan, warpgroup, smem, slot, first_k: int, acc, offset, sca
     """Issue `acc += W^T x^T` over `wgmma_k` inputs of a stage."""
     tile, inside = divmod(first_k, TILE)
     weights = unpack_int4(
-        smem["w"].at[slot, warpgroup, tile], offset, scale, first_step=inside // 16, depth=plan.wgmma_k, dtype=plan.dtype
+        smem["w"].at[slot, warpgroup, tile],
+        offset,
+        scale,
+        first_step=inside // 16,
+        depth=plan.wgmma_k,
+        dtype=plan.dtype,
     )
     plgpu.wgmma(acc, weights, smem["x"].at[slot, :, pl.ds(first_k, plan.wgmma_k)].T)
 
@@ -258,7 +277,9 @@ def _product_scaled_before(plan: _Plan, warpgroup, smem, first, last, position):
         lax.fori_loop(first, last, stage, None)
         result = acc[...]
         pl.when(last > first)(
-            lambda: plgpu.barrier_arrive(smem["empty"].at[lax.rem(position + (last - first) - 1, jnp.int32(c.num_stages))])
+            lambda: plgpu.barrier_arrive(
+                smem["empty"].at[lax.rem(position + (last - first) - 1, jnp.int32(c.num_stages))]
+            )
         )
         return result
 
@@ -273,14 +294,20 @@ def _reduce(plan: _Plan, warpgroup, smem, count, acc, store):
     owners = [lax.rem(count * plan.chunks + q, jnp.int32(split)) for q in range(plan.chunks)]
     pieces = [acc[:, q * plan.chunk_m : (q + 1) * plan.chunk_m] for q in range(plan.chunks)]
     for owner, piece in zip(owners, pieces, strict=True):
+
         @pl.when(rank != owner)
         def _send(owner=owner, piece=piece):
             place = lax.rem(rank - owner - 1 + split, jnp.int32(split))
             plgpu.async_store_smem(
-                piece, smem["partial"].at[warpgroup, place], smem["arrived"].at[warpgroup], cluster_idx=owner, cluster_dim="split"
+                piece,
+                smem["partial"].at[warpgroup, place],
+                smem["arrived"].at[warpgroup],
+                cluster_idx=owner,
+                cluster_dim="split",
             )
 
     for q, (owner, piece) in enumerate(zip(owners, pieces, strict=True)):
+
         @pl.when(rank == owner)
         def _add(piece=piece, q=q):
             plgpu.barrier_wait(smem["arrived"].at[warpgroup])
@@ -299,8 +326,8 @@ def _store(plan: _Plan, warpgroup, bias, out, smem, first_n, value, first_m):
         row = plgpu.load(bias.at[pl.ds(first_n, TILE)], layout=ROWS, optimized=False).astype(jnp.float32)
         value = value + lax.broadcast_in_dim(row, value.shape, (0,))
     for i, start in enumerate(range(0, value.shape[1], plan.piece_m)):
-        staging = smem["out"].at[warpgroup, i % 2]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        staging = smem["out"].at[warpgroup, i % plan.stagings]
+        plgpu.wait_smem_to_gmem(plan.stagings - 1, wait_read_only=True)
         staging.T[...] = value[:, start : start + plan.piece_m].astype(plan.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staging, out.at[pl.ds(first_m + start, plan.piece_m), pl.ds(first_n, TILE)])

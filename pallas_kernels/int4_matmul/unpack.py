@@ -21,7 +21,7 @@ def unpack_int4(tile, offset: jax.Array, scale: jax.Array | None, *, first_step:
 
     Args:
       tile: `[2, 256]` int32 in shared memory.
-      offset: `[64]` float32, `MAGIC + 8 + zero_point` of each output (the constant that the magic number and the offset code hide).
+      offset: `[64]` float32, `MAGIC + 8 + zero_point` of each output: what the magic number adds to the code.
       scale: `[64]` float32 scale of each output, or None to leave the codes unscaled.
       first_step: the first 16-input step of the tile to unpack.
       depth: inputs to unpack, 32 or 64.
@@ -41,9 +41,8 @@ def unpack_int4(tile, offset: jax.Array, scale: jax.Array | None, *, first_step:
     def emit(_, tile, offset, *scale):
         words = _load_words(tile, first_step, depth // 16)
         offsets, *scales = [[_pair(value) for value in row.registers.flat] for row in (offset, *scale)]
-        registers = [
-            _dequantize(word, j, offsets[j % 2], scales[0][j % 2] if scales else None, name) for word in words for j in range(4)
-        ]
+        halves = [(offsets[h], scales[0][h] if scales else None) for h in range(2)]
+        registers = [_dequantize(word, j, *halves[j % 2], name) for word in words for j in range(4)]
         layout = plgpu.Layout.WGMMA.to_mgpu()
         element = mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
         pair = ir.VectorType.get((2,), element)
@@ -67,10 +66,11 @@ def _load_words(tile, first_step: int, count: int) -> list:
 
 
 def _pair(value):
-    """A 16-bit value in both halves of a 32-bit register."""
-    element = ir.VectorType(value.type).element_type if isinstance(value.type, ir.VectorType) else value.type
-    scalar = vector.extract(value, dynamic_position=[], static_position=[0]) if isinstance(value.type, ir.VectorType) else value
-    return mgpu.utils.bitcast(vector.broadcast(ir.VectorType.get((2,), element), scalar), ir.IntegerType.get_signless(32))
+    """A 16-bit value (a vector of one) in both halves of a 32-bit register."""
+    element = ir.VectorType(value.type).element_type
+    scalar = vector.extract(value, dynamic_position=[], static_position=[0])
+    pair = vector.broadcast(ir.VectorType.get((2,), element), scalar)
+    return mgpu.utils.bitcast(pair, ir.IntegerType.get_signless(32))
 
 
 def _dequantize(word, j: int, offset, scale, dtype_name: str):

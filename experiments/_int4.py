@@ -1,0 +1,58 @@
+"""Random int4 problems on the device, and the check that precedes every timing."""
+
+import jax
+import jax.numpy as jnp
+
+from experiments._clock import rotations
+from pallas_kernels.int4_matmul import dequantize, int4_matmul, pack
+
+# Outputs are rounded to 16 bits once and, when scaled before the product, so are the weights: each is off by at most half an eps
+# of its own size, so that the norm of the error stays under one eps of the norm of the result.
+TOLERANCE = {"bfloat16": 2.0**-8, "float16": 2.0**-10}
+
+
+def problem(
+    seed: int, m: int, k: int, n: int, group: int, *, dtype="bfloat16", zero=False, bias=False, copies: int = 1
+) -> dict:
+    """`x`, and `copies` of packed weights with their scales: fresh random values of a trained layer's sizes."""
+    keys = iter(jax.random.split(jax.random.key(seed), 3 + 3 * copies))
+    groups = k // group
+    scales = lambda: (jax.random.uniform(next(keys), (groups, n), jnp.float32, 0.5, 1.5) * 0.02).astype(dtype)  # noqa: E731
+    codes = lambda: pack(jax.random.randint(next(keys), (k, n), -8, 8, jnp.int8))  # noqa: E731
+    zeros = lambda: jax.random.randint(next(keys), (groups, n), -8, 8, jnp.int8).astype(dtype)  # noqa: E731
+    return {
+        "x": jax.random.normal(next(keys), (m, k), jnp.dtype(dtype)),
+        "weights": [(codes(), scales(), zeros() if zero else None) for _ in range(copies)],
+        "bias": jax.random.normal(next(keys), (n,), jnp.dtype(dtype)) if bias else None,
+    }
+
+
+def copies_for(k: int, n: int) -> int:
+    """Copies of a packed weight to rotate over."""
+    return rotations(k * n // 2)
+
+
+@jax.jit
+def relative_error(out, x, qweight, scale, zero, bias):
+    """`|out - exact| / |exact|` against float32 products at the highest precision."""
+    weight = dequantize(qweight, scale, zero, x.shape[1])[:, : scale.shape[1]]
+    exact = jnp.matmul(x.astype(jnp.float32), weight, precision="highest")
+    if bias is not None:
+        exact = exact + bias.astype(jnp.float32)[None, :]
+    return jnp.linalg.norm(out.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+
+
+def verify(data: dict, config=None) -> dict:
+    """Run the kernel twice on the first weight, over poisoned memory: its error, and whether both runs agree to the bit."""
+    qweight, scale, zero = data["weights"][0]
+    run = jax.jit(lambda x, q, s, z, b: int4_matmul(x, q, s, z, bias=b, implementation="mosaic_gpu", config=config))
+    operands = (data["x"], qweight, scale, zero, data["bias"])
+    outs = []
+    for _ in range(2):
+        poison = [jnp.full((data["x"].shape[0], scale.shape[1]), jnp.nan, data["x"].dtype) for _ in range(4)]
+        jax.block_until_ready(poison)
+        del poison
+        outs.append(jax.block_until_ready(run(*operands)))
+    error = float(relative_error(outs[0], *operands))
+    same = bool((outs[0].view(jnp.int16) == outs[1].view(jnp.int16)).all())
+    return {"relative_error": error, "deterministic": same, "ok": error <= TOLERANCE[data["x"].dtype.name] and same}

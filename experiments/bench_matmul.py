@@ -1,0 +1,230 @@
+"""How fast the int4 product is, against what a user would otherwise run on the same card, every kernel verified before it is timed.
+
+    python -m experiments.bench_matmul [--op int4] [--shapes ...] [--m ...] [--verify-only] [--seconds 300] [--json F]
+
+Columns in microseconds a call: `kernel`, all the op launches, by CUPTI; `call`, inside one jitted program, gaps included; `graph`,
+by CUDA graph replay, the clock of the published tables. `floor`: every byte moved once at this card's copy rate, or the products
+at its bfloat16 rate, whichever is longer. Weights are rotated past the L2 cache.
+"""
+
+import argparse
+import functools
+import json
+
+from pallas_kernels.int4_matmul.cases import SHAPES, TOKENS
+
+GROUP = 128
+IMPLEMENTATIONS = ("mosaic_gpu", "xla_bf16", "xla_int4", "torch")
+
+# Ragged in every dimension, each group size, zero points, bias, both dtypes.
+_RAGGED_TOKENS = (1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 100, 128, 129, 200, 256, 300, 1000)
+VERIFY = [
+    *[{"m": m, "k": 4096, "n": 4096, "group": 128} for m in _RAGGED_TOKENS],
+    *[
+        {"m": m, "k": 1536 + 64, "n": 1024 + 64, "group": 64, "zero": True, "bias": True}
+        for m in (1, 5, 16, 48, 130, 300)
+    ],
+    *[{"m": m, "k": 1024 + 32, "n": 320, "group": 32, "zero": True, "dtype": "float16"} for m in (3, 16, 64, 150)],
+    *[{"m": m, "k": 1000, "n": 100, "group": 1000, "bias": True} for m in (1, 16, 40, 128, 257)],
+    *[{"m": m, "k": 14336, "n": 4096, "group": 14336} for m in (4, 16, 512)],
+    *[{"m": m, "k": 8192, "n": 57344, "group": 128} for m in (1, 64, 4096)],
+]
+
+
+def floor_microseconds(m: int, k: int, n: int, peaks: dict, *, weight_bits: float = 4 + 16 / GROUP) -> float:
+    """No version runs faster than this."""
+    moved = k * n * weight_bits / 8 + 2 * m * (k + n)
+    return max(moved / peaks["copy_bytes_per_s"], 2 * m * k * n / peaks["bf16_flop_per_s"]) * 1e6
+
+
+def measure(item: dict) -> dict:
+    """One problem by one implementation, in a worker."""
+    if item["what"] == "verify":
+        return _verify(item)
+    if item["what"] == "peaks":
+        from experiments import _clock, _workers
+
+        with _workers.device_turn():
+            return _clock.measured_peaks()
+    return _time_torch(item) if item["what"] == "torch" else _time_jax(item)
+
+
+def _verify(item: dict) -> dict:
+    from experiments import _int4, _workers
+
+    options = {name: item[name] for name in ("m", "k", "n", "group", "dtype", "zero", "bias") if name in item}
+    with _workers.device_turn():
+        return _int4.verify(_int4.problem(item["seed"], **options))
+
+
+def _time_jax(item: dict) -> dict:
+    """The kernel, XLA's bfloat16 product, or XLA's own int4 product."""
+    import jax
+    import jax.numpy as jnp
+
+    from experiments import _clock, _int4, _workers
+    from pallas_kernels.int4_matmul import int4_matmul
+
+    (k, n), m = SHAPES[item["shape"]], item["m"]
+    checked = {}
+    if item["what"] == "mosaic_gpu":
+        data = _int4.problem(item["seed"], m, k, n, GROUP, copies=_int4.copies_for(k, n))
+        x, weights = data["x"], data["weights"]
+        product = jax.jit(functools.partial(int4_matmul, implementation="mosaic_gpu"))
+    else:
+        keys = jax.random.split(jax.random.key(item["seed"]), 65)
+        x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
+        if item["what"] == "xla_bf16":
+            make = lambda key: (jax.random.normal(key, (k, n), jnp.bfloat16) * 0.02,)  # noqa: E731
+            product = jax.jit(jnp.matmul)
+        else:
+            make = lambda key: (  # noqa: E731
+                jax.random.randint(key, (k // GROUP, GROUP, n), -8, 8, jnp.int8).astype(jnp.int4),
+                jnp.full((k // GROUP, 1, n), 0.02, jnp.bfloat16),
+            )
+            product = jax.jit(_xla_int4)
+        copies = _clock.rotations(k * n * 2) if item["what"] == "xla_bf16" else _int4.copies_for(k, n)
+        weights = [make(key) for key in keys[1 : copies + 1]]
+    program = jax.jit(lambda x, weights: [product(x, *[a for a in w if a is not None]) for w in weights])
+    compiled = program.lower(x, weights).compile()
+    with _workers.device_turn():
+        if item["what"] == "mosaic_gpu":
+            checked = _int4.verify(data)
+            if not checked["ok"]:
+                return checked
+        kernel = _clock.kernel_microseconds(compiled, (x, weights), calls=len(weights))
+        return checked | {
+            "kernel_us": kernel,
+            "call_us": _clock.wall_microseconds(compiled, (x, weights), calls=len(weights)),
+        }
+
+
+def _xla_int4(x, codes, scale):
+    """What a user writes without a kernel: dequantize in the program and multiply."""
+    weight = (codes.astype(x.dtype) * scale).reshape(x.shape[-1], -1)
+    return x @ weight
+
+
+def _time_torch(item: dict) -> dict:
+    """torch.mm, tinygemm and our kernel exported to PyTorch, all by graph replay."""
+    import torch
+
+    from experiments import _clock, _workers
+
+    (k, n), m = SHAPES[item["shape"]], item["m"]
+    torch.manual_seed(item["seed"])
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    dense = [torch.randn(k, n, device="cuda", dtype=torch.bfloat16) for _ in range(_clock.rotations(k * n * 2))]
+    result = {}
+    with _workers.device_turn():
+        result["torch_mm_us"] = _clock.graph_microseconds([functools.partial(torch.mm, x, w) for w in dense])
+        del dense
+        if m <= 256:
+            codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
+            packed = [torch.ops.aten._convert_weight_to_int4pack(codes, 8) for _ in range(_clock.rotations(k * n // 2))]
+            scales = torch.rand(k // GROUP, n, 2, device="cuda", dtype=torch.bfloat16)
+            calls = [functools.partial(torch.ops.aten._weight_int4pack_mm, x, w, GROUP, scales) for w in packed]
+            result["tinygemm_us"] = _clock.graph_microseconds(calls)
+            del packed
+        try:
+            result["mosaic_graph_us"] = _mosaic_in_torch(item["seed"], x, k, n)
+        except Exception as error:  # noqa: BLE001 - the export is a convenience, not a result
+            result["mosaic_graph_error"] = str(error)[:200]
+    return result
+
+
+def _mosaic_in_torch(seed: int, x, k: int, n: int) -> float:
+    """The kernel exported to PyTorch and timed on the clock of the published tables."""
+    import torch
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from experiments import _clock
+    from pallas_kernels.int4_matmul.config import default_config
+    from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu
+
+    config = default_config(x.shape[0], k, n, k // GROUP)
+    kernel = plgpu.as_torch_kernel(lambda x, q, s: int4_matmul_mosaic_gpu(x, q, s, None, None, config=config))
+    torch.manual_seed(seed)
+    weights = [
+        (
+            torch.randint(-(2**31), 2**31 - 1, (n // 64, k // 64, 2, 256), device="cuda", dtype=torch.int32),
+            torch.rand(k // GROUP, n, device="cuda").to(torch.bfloat16),
+        )
+        for _ in range(_clock.rotations(k * n // 2))
+    ]
+    return _clock.graph_microseconds([functools.partial(kernel, x, *w) for w in weights])
+
+
+def report(results: list[dict], shapes: list[str], tokens: list[int]) -> list[dict]:
+    """One row a problem: each implementation's times side by side, with the floor."""
+    peaks = next((r for r in results if r["what"] == "peaks" and "error" not in r), None)
+    rows = []
+    for shape in shapes:
+        for m in tokens:
+            found = {r["what"]: r for r in results if r.get("shape") == shape and r.get("m") == m}
+            if not found:
+                continue
+            row: dict = {"shape": shape, "m": m}
+            for what, r in found.items():
+                if "error" in r or r.get("ok") is False:
+                    row[f"{what}_failed"] = r.get("error", f"relative error {r.get('relative_error')}")
+                row |= {
+                    f"{what}_{name}" if what != "torch" else name: value
+                    for name, value in r.items()
+                    if name.endswith("_us")
+                }
+            if peaks:
+                row["floor_us"] = floor_microseconds(m, *SHAPES[shape], peaks)
+            rows.append(row)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=["int4"], default="int4")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--m", nargs="*", type=int, default=list(TOKENS))
+    parser.add_argument("--implementations", nargs="*", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
+    parser.add_argument("--verify-only", action="store_true")
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--json")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    from experiments import _workers
+
+    if options.worker:
+        return _workers.serve(measure)
+    import secrets
+
+    if options.verify_only:
+        items = [{"what": "verify"} | case for case in VERIFY]
+    else:
+        items = [{"what": "peaks"}]
+        items += [
+            {"what": i, "shape": s, "m": m} for i in options.implementations for m in options.m for s in options.shapes
+        ]
+    items = [item | {"seed": secrets.randbelow(2**31)} for item in items]
+    results = _workers.run("experiments.bench_matmul", items, workers=options.workers, seconds=options.seconds)
+    checks = [r for r in results if r["what"] == "verify"]
+    if options.verify_only:
+        print(f"verified {sum(r.get('ok', False) for r in checks)} of {len(VERIFY)} cases")
+    for r in checks:
+        if not r.get("ok"):
+            print("WRONG", json.dumps(r))
+    rows = report(results, options.shapes, options.m)
+    for row in rows:
+        print(
+            " ".join(
+                f"{name}={value:.1f}" if isinstance(value, float) else f"{name}={value}" for name, value in row.items()
+            )
+        )
+    if options.json:
+        from experiments._clock import conditions
+
+        with open(options.json, "w") as file:
+            json.dump({"conditions": conditions(), "rows": rows, "all": results}, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Which configuration of a kernel is fastest: every candidate verified, then timed.
+
+python -m experiments.tune --op int4 --seconds 300 --json tuned.json [--shapes ...] [--m ...]
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+
+from pallas_kernels.int4_matmul.cases import SHAPES
+from pallas_kernels.int4_matmul.config import Config, candidates
+
+GROUP = 128
+
+
+def work(shapes: list[str], tokens: list[int]) -> list[dict]:
+    """Every candidate of every problem."""
+    return [
+        {"shape": shape, "m": m, "config": dataclasses.asdict(config)}
+        for m in tokens
+        for shape in shapes
+        for config in candidates(m, *SHAPES[shape], SHAPES[shape][0] // GROUP)
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def _problem(shape: str, m: int):
+    from experiments._int4 import copies_for, problem
+
+    k, n = SHAPES[shape]
+    return problem(hash((shape, m)) % 2**31, m, k, n, GROUP, copies=copies_for(k, n))
+
+
+def measure(item: dict) -> dict:
+    """Verify a candidate and time it."""
+    import jax
+
+    from experiments import _clock, _int4, _workers
+    from pallas_kernels.int4_matmul import int4_matmul
+
+    config = Config(**item["config"])
+    data = _problem(item["shape"], item["m"])
+    weights = data["weights"]
+
+    product = jax.jit(functools.partial(int4_matmul, implementation="mosaic_gpu", config=config))
+    program = jax.jit(lambda x, weights: [product(x, *w) for w in weights])
+
+    compiled = program.lower(data["x"], weights).compile()
+    with _workers.device_turn():
+        checked = _int4.verify(data, config)
+        if not checked["ok"]:
+            return checked
+        return checked | {
+            "kernel_us": _clock.kernel_microseconds(compiled, (data["x"], weights), calls=len(weights), iterations=7)
+        }
+
+
+def best(results: list[dict]) -> list[dict]:
+    """The fastest verified configuration of each problem."""
+    fastest: dict = {}
+    for r in results:
+        key = (r["shape"], r["m"])
+        if r.get("ok") and (key not in fastest or r["kernel_us"] < fastest[key]["kernel_us"]):
+            fastest[key] = r
+    return [fastest[key] for key in sorted(fastest)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--op", choices=["int4"], default="int4")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--m", nargs="*", type=int, default=[1, 16, 64, 256, 4096])
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--json")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    from experiments import _workers
+
+    if options.worker:
+        return _workers.serve(measure)
+    items = work(options.shapes, options.m)
+    results = _workers.run("experiments.tune", items, workers=options.workers, seconds=options.seconds)
+    failed = [r for r in results if not r.get("ok")]
+    print(f"{len(items)} candidates, {len(results)} measured, {len(failed)} failed")
+    for r in failed[:20]:
+        print("failed", json.dumps(r))
+    for r in best(results):
+        print(f"{r['shape']:20} m={r['m']:<5} {r['kernel_us']:8.1f} us  {r['config']}")
+    if options.json:
+        from experiments._clock import conditions
+
+        with open(options.json, "w") as file:
+            json.dump({"conditions": conditions(), "best": best(results), "all": results}, file)
+
+
+if __name__ == "__main__":
+    main()
