@@ -1,0 +1,78 @@
+"""The ragged product: rows of x, sorted by expert, each with its own expert's quantized weight."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant._activation import Dims, quantize_activation
+from jaxquant._products import bare, cell_counts, meet, scan_cells
+from jaxquant._qarray import QArray, pad_axis
+from jaxquant._views import packed_dim, refine
+
+_DIMS = Dims((1,), (1,))
+
+
+def ragged_product(x: jax.Array, q: QArray, group_sizes: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Multiplies each row of x by its expert's weight.
+
+    Args:
+        x: [M, K] floating rows, those of one expert together.
+        q: [E, K, N] quantized weight.
+        group_sizes: [E] rows of each expert; rows beyond their sum give zeros.
+        dtype: dtype of the result.
+
+    Returns:
+        [M, N].
+    """
+    rows = jnp.arange(x.shape[0], dtype=group_sizes.dtype)
+    ends = jnp.cumsum(group_sizes)
+    expert = jnp.minimum(jnp.searchsorted(ends, rows, side="right", method="compare_all"), q.shape[0] - 1)
+
+    if q.pre_scale is not None:
+        x = x * _of_row(q.pre_scale, expert)[:, :, 0].astype(x.dtype)
+    if q.perm is not None:
+        x = jnp.take_along_axis(x, _of_row(q.perm, expert)[:, :, 0], axis=1, mode="clip")
+    if packed_dim(q) == 1:
+        x = pad_axis(x, -1, q.padded - q.shape[1])
+    inputs = x if q.activation is None else _round_rows(x, q, expert)
+
+    def one_cell(x: jax.Array | QArray, w: QArray, _: Dims) -> jax.Array:
+        return _ragged_cell(x, w, group_sizes, expert)
+
+    cells = cell_counts(inputs, q, _DIMS)[0]
+    weight = bare(q)
+    total = one_cell(inputs, weight, _DIMS) if cells == 1 else scan_cells(one_cell, inputs, weight, _DIMS, 0, cells)
+    return total[:, : q.shape[2]].astype(dtype)  # cuts the padding of a weight that is packed along N
+
+
+def _of_row(grid: jax.Array, expert: jax.Array) -> jax.Array:
+    """The slice of each row's expert; a grid that does not tell experts apart serves all rows."""
+    return grid if grid.shape[0] == 1 else grid[expert]
+
+
+def _round_rows(x: jax.Array, q: QArray, expert: jax.Array) -> QArray:
+    if q.act_scale is None:
+        return quantize_activation(x, _DIMS, q.activation)
+    rows = jnp.broadcast_to(_of_row(q.act_scale, expert), (x.shape[0], 1, 1))
+    zeros = q.act_zero_point
+    if zeros is not None:
+        zeros = jnp.broadcast_to(_of_row(zeros, expert), (x.shape[0], 1, 1))
+    return quantize_activation(x, Dims((1,), (1,), (0,), (0,)), q.activation, rows, zeros)
+
+
+def _ragged_cell(x: jax.Array | QArray, w: QArray, group_sizes: jax.Array, expert: jax.Array) -> jax.Array:
+    """The scaled product where each expert's contracting axis is one cell: float32 [M, N]."""
+    x_values, x_zero, w_values, w_zero, accumulator = meet(x, w)
+    total = jax.lax.ragged_dot(x_values, w_values, group_sizes, preferred_element_type=accumulator)
+
+    def columns(grid: jax.Array) -> jax.Array:
+        return refine(_of_row(grid, expert)[:, 0], 1, w_values.shape[2])
+
+    if w_zero is not None:
+        total = total - columns(w_zero) * jnp.sum(x_values.astype(jnp.int32), axis=1, keepdims=True)
+    if x_zero is not None:
+        sums = jnp.sum(w_values.astype(jnp.int32), axis=1, keepdims=True)
+        total = total - x_zero * columns(sums)
+        if w_zero is not None:
+            total = total + x_values.shape[1] * x_zero * columns(w_zero)
+    total = total.astype(jnp.float32) * columns(w.scale).astype(jnp.float32)
+    return total * x.scale.astype(jnp.float32) if isinstance(x, QArray) else total
