@@ -47,9 +47,9 @@ def attention(
 ) -> jax.Array:
     """Computes softmax attention with 8-bit products.
 
-    Keys are smoothed by their mean over tokens, which softmax cannot see; queries are quantized per token, keys per block
-    of tokens, values per channel, and the softmax weights by a fixed scale. The softmax itself is float32. The gradient
-    is that of attention on the unquantized operands.
+    Keys are smoothed by their mean over tokens, which softmax cannot see; queries are quantized per token, keys per
+    block of tokens, values per channel, and the softmax weights by a fixed scale. The softmax itself is float32. The
+    gradient is that of attention on the unquantized operands.
 
     Args:
         q: queries [B, T, N, H], floating point.
@@ -62,8 +62,9 @@ def attention(
         query_lengths: valid queries of each batch entry, int [B]; the others' outputs are zero. Clamped to T.
         kv_lengths: valid keys of each batch entry, int [B]. Clamped to S.
         scale: the softmax scale; 1 / sqrt(H) by default.
-        mode: formats of the two products. "int8_fp8": int8 scores, e4m3 weights and values; "int8_f16": int8 scores, the
-            second product in v's own 16-bit format; "fp8": e4m3 in both; "int8_int8": int8 in both. "auto" is "int8_fp8".
+        mode: formats of the two products. "int8_fp8": int8 scores, e4m3 weights and values; "int8_f16": int8 scores,
+            the second product in v's own 16-bit format; "fp8": e4m3 in both; "int8_int8": int8 in both. "auto" is
+            "int8_fp8".
         implementation: "mosaic_gpu" (a Hopper GPU; never falls back), "xla" (any device), or None: the kernel on a GPU
             where it supports the call, XLA elsewhere.
         config: tile shapes of the kernel; the default suits most calls.

@@ -1,10 +1,10 @@
 """Quantized flash attention for Hopper: one TMA warp feeds warpgroups that multiply in turn.
 
-Each block computes 64 queries per consumer warpgroup. A warpgroup quantizes its own queries, then for every tile of keys:
-scores = Q K^T (int8 or e4m3, wgmma), online softmax in base 2, P rounded in registers, P V (wgmma).
+Each block computes 64 queries per consumer warpgroup. A warpgroup quantizes its own queries, then for every tile of
+keys: scores = Q K^T (int8 or e4m3, wgmma), online softmax in base 2, P rounded in registers, P V (wgmma).
 
-Three things keep the arithmetic around the products small, since it and the 512 cycles of exponentials per 64 x 128 tile,
-not the products, are what limit the kernel:
+Three things keep the arithmetic around the products small, since it and the 512 cycles of exponentials per 64 x 128
+tile, not the products, are what limit the kernel:
 - int8 products start from the bit pattern of 1.5 * 2^23, so the int32 accumulator, read as float32, is already
   1.5 * 2^23 + product; that constant leaves through the additive term of the exponent's FMA;
 - a scale per query and per tile of keys makes dequantization, the softmax scale and the subtraction of the maximum that
@@ -20,15 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import llvm, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels.attention.config import ROWS, Config
 from pallas_kernels.attention.quantize import (
-    E4M3,
     INT8,
     LARGEST_CODE,
     LOG2_E,
@@ -200,14 +199,14 @@ def _kernel(
             if values_dtype is None:
                 acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot]))(plgpu.ACC.init(acc))
             else:
-                part = _wgmma(
-                    lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot].T), acc.shape, values_dtype
-                )
+                part = _wgmma(lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot].T), acc.shape, values_dtype)
                 acc = acc * _along_rows(decay, acc) + (part - MAGIC if values_dtype == INT8 else part)
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, new_maximum, total, next_k_scale
 
-        per_row = lambda value: plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), PER_ROW)
+        def per_row(value):
+            return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), PER_ROW)
+
         acc = plgpu.layout_cast(jnp.zeros((ROWS, q_ref.shape[3]), jnp.float32), TILE)
         k_scale = k_scale_ref[batch, kv_head, jnp.minimum(begin, k_scale_ref.shape[2] - 1)]
         carry = acc, per_row(LOWEST_MAXIMUM), per_row(0.0), k_scale
@@ -247,8 +246,8 @@ def _kernel(
                     pl.when(refill)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                     plgpu.copy_gmem_to_smem(k_ref.at[batch, kv_head, keys], k_smem.at[slot], k_ready.at[slot])
                     pl.when(refill)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-                    source = v_ref.at[batch, keys, kv_head] if values_dtype is None else v_ref.at[batch, kv_head, :, keys]
-                    plgpu.copy_gmem_to_smem(source, v_smem.at[slot], v_ready.at[slot])
+                    index = (batch, keys, kv_head) if values_dtype is None else (batch, kv_head, slice(None), keys)
+                    plgpu.copy_gmem_to_smem(v_ref.at[index], v_smem.at[slot], v_ready.at[slot])
 
 
 def _key_tiles(first_query, rows: int, q_length, kv_length, window: Window, block: int, *, aligned: bool):
@@ -258,7 +257,10 @@ def _key_tiles(first_query, rows: int, q_length, kv_length, window: Window, bloc
     """
     left, right = window
     last_query = first_query + rows - 1
-    tiles = lambda keys: lax.div(keys, jnp.int32(block))
+
+    def tiles(keys):
+        return lax.div(keys, jnp.int32(block))
+
     end_key = kv_length if right is None else jnp.minimum(kv_length, last_query + right + 1)
     end_key = jnp.where(first_query < q_length, jnp.maximum(end_key, 0), 0)
     end = tiles(end_key + block - 1)
@@ -337,11 +339,9 @@ _ROUND_TO_INT8 = (  # adding 1.5 * 2^23 leaves the rounded integer in the low by
 
 
 def _round_to_operand(p, dtype: jnp.dtype):
-    """Rounds float32 weights to 8 bits, as the register operand of a wgmma; columns are reinterpreted as interleaved."""
+    """Rounds float32 weights to 8 bits, as the register operand of a wgmma; columns become interleaved."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(p.shape, dtype, plgpu.Layout.WGMMA_8BIT)
-    )
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(p.shape, dtype, plgpu.Layout.WGMMA_8BIT))
     def round_registers(ctx, x):
         word = ir.IntegerType.get_signless(32)
         bytes_type = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))

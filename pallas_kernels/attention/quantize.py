@@ -35,7 +35,7 @@ class Values(NamedTuple):
 def quantize_queries(q: jax.Array, scale: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Quantizes queries [B, T, N, H] per token; scales [B, T, N] include the softmax scale, in base 2."""
     q = q.astype(jnp.float32)
-    absmax = jnp.maximum(jnp.max(jnp.abs(q), axis=-1), SMALLEST_ABSMAX)
+    absmax = _absmax(q, -1)
     codes = round_to(q * (LARGEST_CODE[dtype] / absmax)[..., None], dtype)
     return codes, absmax * (scale * LOG2_E / LARGEST_CODE[dtype])
 
@@ -45,13 +45,13 @@ def quantize_keys(k: jax.Array, dtype: jnp.dtype, block: int, lengths: jax.Array
 
     Each block of tokens of each head shares one scale.
     """
-    batch, tokens, heads, head_dim = k.shape
+    batch, _, heads, head_dim = k.shape
     k, count = _valid(k, lengths)
     mean = jnp.sum(k, axis=1, keepdims=True) / count
     smooth, _ = _valid(k - jnp.broadcast_to(mean, k.shape), lengths)
     smooth = _pad_tokens(smooth.swapaxes(1, 2), 2, block)
     blocks = smooth.reshape(batch, heads, -1, block, head_dim)
-    absmax = jnp.maximum(jnp.max(jnp.abs(blocks), axis=(3, 4)), SMALLEST_ABSMAX)
+    absmax = _absmax(blocks, (3, 4))
     codes = round_to(blocks * (LARGEST_CODE[dtype] / absmax)[..., None, None], dtype)
     return Keys(codes.reshape(smooth.shape), absmax * (1 / LARGEST_CODE[dtype]))
 
@@ -59,7 +59,7 @@ def quantize_keys(k: jax.Array, dtype: jnp.dtype, block: int, lengths: jax.Array
 def quantize_values(v: jax.Array, dtype: jnp.dtype, block: int, lengths: jax.Array | None = None) -> Values:
     """Quantizes values [B, S, N, H] per channel of each head, over the valid tokens."""
     v, _ = _valid(v, lengths)
-    absmax = jnp.maximum(jnp.max(jnp.abs(v), axis=1), SMALLEST_ABSMAX)
+    absmax = _absmax(v, 1)
     codes = round_to(v * (LARGEST_CODE[dtype] / absmax)[:, None], dtype)
     return Values(_pad_tokens(codes.transpose(0, 2, 3, 1), 3, block), absmax * (1 / LARGEST_CODE[dtype]))
 
@@ -78,6 +78,12 @@ def interleave_tokens(codes: jax.Array) -> jax.Array:
     batch, heads, tokens, head_dim = codes.shape
     quads = codes.reshape(batch, heads, tokens // 16, 4, 2, 2, head_dim)
     return quads.swapaxes(3, 4).reshape(codes.shape)
+
+
+def _absmax(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+    """The largest magnitude, or NaN for a group with a value that is not finite (XLA's maximum may drop NaN)."""
+    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=axis), SMALLEST_ABSMAX)
+    return jnp.where(jnp.all(jnp.isfinite(x), axis=axis), largest, jnp.nan)
 
 
 def _valid(x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, jax.Array]:

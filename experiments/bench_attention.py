@@ -1,0 +1,243 @@
+"""Quantized attention against bfloat16 attention on one GPU: every row verified, then timed.
+
+    python -m experiments.bench_attention [--verify-only] [--sweep] [--json FILE] [--time-limit SECONDS]
+
+Each row runs in a process of its own (a kernel that hangs costs only itself). "op us" is every kernel of the call,
+quantization included; "kernel us" the attention kernel alone; both from the profiler. TFLOP/s count the mathematical
+products, half of them for causal.
+"""
+
+import argparse
+import json
+import pathlib
+import secrets
+import statistics
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from experiments import _workers
+from experiments._clock import conditions
+from pallas_kernels.attention import MODES, Config, attention
+from pallas_kernels.attention.cases import CORRECTNESS, SPEED, Case
+from pallas_kernels.attention.quantize import E4M3, LOG2_E, quantize_values, round_to
+
+SWEEP = {
+    "int8_fp8": [(128, 2, 2, True), (128, 2, 2, False), (256, 2, 2, True), (256, 2, 2, False), (128, 4, 2, True),
+                 (192, 2, 2, True), (128, 2, 3, False), (64, 4, 2, True)],
+    "int8_f16": [(128, 2, 2, True), (128, 2, 2, False), (64, 4, 2, True), (128, 2, 3, False)],
+    "fp8": [(128, 2, 2, True)],
+    "int8_int8": [(128, 2, 2, True), (256, 2, 2, True)],
+}  # fmt: skip
+
+
+def main():
+    """Runs the bench, or as a worker its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--verify-only", action="store_true", help="no timing")
+    parser.add_argument("--sweep", action="store_true", help="several configurations of each mode on the 8192 rows")
+    parser.add_argument("--json", type=pathlib.Path, help="write every row here")
+    parser.add_argument("--time-limit", type=float, default=280.0, help="seconds for everything")
+    parser.add_argument("--workers", type=int, default=8, help="processes that compile at the same time")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return _workers.serve(measure)
+    rows = _workers.run(
+        "experiments.bench_attention",
+        items(arguments.verify_only, arguments.sweep),
+        workers=arguments.workers,
+        seconds=arguments.time_limit,
+        on_result=lambda row: print(line(row), flush=True),
+    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=1))
+    print(f"\n{len(rows)} rows, {sum(not row.get('ok') for row in rows)} not ok")
+    for row in sorted(rows, key=lambda row: (row["case"], row["mode"])):
+        print(line(row))
+    return 0 if all(row.get("ok") for row in rows) else 1
+
+
+def items(verify_only: bool, sweep: bool) -> list[dict]:
+    """The rows to run, most wanted first."""
+    item = lambda case, mode, config=None, timed=not verify_only: {  # noqa: E731
+        "case": case, "mode": mode, "config": config, "timed": timed
+    }  # fmt: skip
+    fast = [item(case, mode) for mode in ("int8_fp8", "cudnn", "int8_f16") for case in reversed(SPEED)]
+    checks = [item(case, mode, timed=False) for case in CORRECTNESS for mode in MODES]
+    swept = [
+        item(case, mode, list(config))
+        for mode, configs in SWEEP.items()
+        for config in configs
+        for case in ("d128_s8192_full", "d64_s8192_full", "d128_s8192_causal")
+    ]
+    rest = [item(case, "torch_sdpa") for case in reversed(SPEED)] if not verify_only else []
+    return fast + checks + (swept if sweep else []) + rest
+
+
+def measure(item: dict) -> dict:
+    """One row: the error against exact attention on two kinds of input, then the time."""
+    case = (SPEED | CORRECTNESS)[item["case"]]
+    if item["mode"] == "torch_sdpa":
+        return _torch_row(case)
+    program = jax.jit(_program(case, item))
+    with _workers.device_turn():
+        row = {"ok": True}
+        kinds = ("biased", "normal") if item["case"] in CORRECTNESS or item["config"] is None else ("normal",)
+        for kind in kinds:
+            qkv = inputs(case, kind)
+            row[kind] = verify(program, qkv, case, item["mode"])
+            row["ok"] &= row[kind]["ok"]
+        if row["ok"] and item["timed"]:
+            row |= _times(program, qkv, case)
+    return row
+
+
+def _program(case: Case, item: dict):
+    if item["mode"] == "cudnn":
+        return lambda q, k, v: jax.nn.dot_product_attention(
+            q, k, v, is_causal=case.options.get("causal", False), implementation="cudnn"
+        )
+    config = None if item["config"] is None else Config(*item["config"])
+    return lambda q, k, v: attention(
+        q, k, v, mode=item["mode"], implementation="mosaic_gpu", config=config, **options(case)
+    )
+
+
+def options(case: Case) -> dict:
+    """The case's options with lengths as arrays."""
+    return {key: jnp.array(value) if key.endswith("lengths") else value for key, value in case.options.items()}
+
+
+def inputs(case: Case, kind: str, dtype=jnp.bfloat16) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Fresh normal values; "biased" adds a strong channel bias to K and outlier channels to V."""
+    keys = jax.random.split(jax.random.key(secrets.randbits(31)), 5)
+    q = jax.random.normal(keys[0], (case.batch, case.tokens, case.heads, case.head_dim))
+    k, v = (jax.random.normal(key, (case.batch, case.kv_tokens, case.kv_heads, case.head_dim)) for key in keys[1:3])
+    if kind == "biased":
+        channels = (case.batch, 1, case.kv_heads, case.head_dim)
+        k = k + jnp.broadcast_to(8 * jax.random.normal(keys[3], channels), k.shape)
+        v = v * jnp.broadcast_to(jnp.where(jax.random.uniform(keys[4], channels) < 0.05, 20.0, 1.0), v.shape)
+    return q.astype(dtype), k.astype(dtype), v.astype(dtype)
+
+
+def verify(program, qkv, case: Case, mode: str) -> dict:
+    """Errors against exact attention: the program's, the same method's in plain jnp, and fp8 P and V alone.
+
+    The program is right if it errs no more than the method it computes (its weights are rounded against a running
+    maximum, the method's against the final one: the same error, other roundings) and repeats itself to the bit.
+    """
+    first, second = (jax.block_until_ready(program(*qkv)) for _ in range(2))
+    same = bool((first.view(jnp.int16) == second.view(jnp.int16)).all())
+    exact = _exact(*qkv, case, None)
+    error = lambda out: float(jnp.linalg.norm(out.astype(jnp.float32) - exact) / jnp.linalg.norm(exact))  # noqa: E731
+    row = {"error": error(first), "deterministic": same}
+    if mode == "cudnn":
+        return row | {"ok": row["error"] < 2**-7}
+    if case.tokens <= 2048:
+        method = jnp.concatenate(
+            [attention(*(x[i : i + 1] for x in qkv), mode=mode, implementation="xla", **_entry(case, i))
+             for i in range(case.batch)]
+        )  # fmt: skip
+        row["method_error"] = error(method)
+    row["e4m3_error"] = error(_exact(*qkv, case, E4M3))
+    allowed = 1.05 * row.get("method_error", {"int8_f16": 0.016, "fp8": 0.07}.get(mode, 0.045)) + 2.0**-8
+    return row | {"ok": same and row["error"] <= allowed}
+
+
+def _entry(case: Case, i: int) -> dict:
+    return {key: value[i : i + 1] if key.endswith("lengths") else value for key, value in options(case).items()}
+
+
+def _exact(q, k, v, case: Case, rounded):
+    """Attention in float32, or with P and V rounded to e4m3 around exact scores; one head at a time."""
+    given = options(case)
+    window = given.get("window", (None, None))
+    left, right = window if isinstance(window, tuple) else (window, window)
+    right = 0 if given.get("causal") else right
+    query, key = (lax.broadcasted_iota(jnp.int32, (case.tokens, case.kv_tokens), i) for i in range(2))
+    seen = jnp.ones((case.tokens, case.kv_tokens), bool)
+    seen = seen if left is None else seen & (key >= query - left)
+    seen = seen if right is None else seen & (key <= query + right)
+    q_lengths = given.get("query_lengths", jnp.full((case.batch,), case.tokens))
+    kv_lengths = given.get("kv_lengths", jnp.full((case.batch,), case.kv_tokens))
+    if rounded is not None:
+        codes, step = quantize_values(v, rounded, 1, given.get("kv_lengths"))
+        v = (codes.astype(jnp.float32) * step[..., None]).transpose(0, 3, 1, 2)
+
+    def head(index):
+        b, n = index // case.heads, index % case.heads
+        group = n // (case.heads // case.kv_heads)
+        one = lambda x, h: x[b, :, h].astype(jnp.float32)  # noqa: E731
+        scores = jnp.matmul(one(q, n), one(k, group).T, precision="highest") * (case.head_dim**-0.5 * LOG2_E)
+        visible = seen & (query < q_lengths[b]) & (key < kv_lengths[b])
+        scores = jnp.where(visible, scores, -1e30)
+        p = jnp.where(visible, jnp.exp2(scores - jnp.max(scores, axis=1, keepdims=True)), 0.0)
+        total = jnp.sum(p, axis=1, keepdims=True)
+        if rounded is not None:
+            p = round_to(p * 448.0, rounded).astype(jnp.float32) * (1 / 448.0)
+        return jnp.matmul(p, one(v, group), precision="highest") / jnp.where(total == 0, 1.0, total)
+
+    out = jax.jit(lambda: lax.map(head, jnp.arange(case.batch * case.heads)))()
+    return out.reshape(case.batch, case.heads, case.tokens, case.head_dim).swapaxes(1, 2)
+
+
+def _times(program, qkv, case: Case) -> dict:
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, runs = profiler.Cupti(finalize=False).measure(program, aggregate=False, iterations=10)(*qkv)
+    medians = [(name, statistics.median(run[i][1] for run in runs) * 1e3) for i, (name, _) in enumerate(runs[0])]
+    op = statistics.median(sum(ms for _, ms in run) for run in runs) * 1e3
+    kernel = sum(us for name, us in medians if "mosaic" in name) or op
+    return {
+        "op_us": op,
+        "kernel_us": kernel,
+        "op_tflops": case.flop / op / 1e6,
+        "kernel_tflops": case.flop / kernel / 1e6,
+        "kernels": [[name[:60], round(us, 1)] for name, us in medians],
+    }
+
+
+def _torch_row(case: Case) -> dict:
+    import torch
+
+    from experiments._clock import graph_microseconds
+
+    q, k, v = (
+        torch.randn(case.batch, case.heads, case.tokens, case.head_dim, device="cuda", dtype=torch.bfloat16)
+        for _ in range(3)
+    )
+    call = lambda: torch.nn.functional.scaled_dot_product_attention(  # noqa: E731
+        q, k, v, is_causal=case.options.get("causal", False)
+    )
+    with _workers.device_turn():
+        us = graph_microseconds([call], replays=5)
+    return {
+        "ok": True,
+        "op_us": us,
+        "kernel_us": us,
+        "op_tflops": case.flop / us / 1e6,
+        "kernel_tflops": case.flop / us / 1e6,
+    }
+
+
+def line(row: dict) -> str:
+    """One row as text."""
+    text = f"{row['case']:24} {row['mode']:10} {row['config'] or 'default'!s:20} {'ok ' if row.get('ok') else 'BAD'}"
+    if "error" in row:
+        return f"{text} {row['error']}"
+    for kind in ("normal", "biased"):
+        if kind in row:
+            text += f" {kind} {row[kind]['error']:.4f}"
+            text += f" (method {row[kind].get('method_error', float('nan')):.4f}" if "e4m3_error" in row[kind] else ""
+            text += f" e4m3 {row[kind]['e4m3_error']:.4f})" if "e4m3_error" in row[kind] else ""
+    if "op_us" in row:
+        text += f" | op {row['op_us']:8.1f} us {row['op_tflops']:5.0f} TF/s, kernel {row['kernel_us']:8.1f} us"
+        text += f" {row['kernel_tflops']:5.0f} TF/s"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
