@@ -223,20 +223,24 @@ def _span(spec: TensorSpec) -> float:
     return (qtype.qmax - qtype.qmin) / 2 if spec.grid == "full" else -qtype.qmin
 
 
-def _least_scale(dtype: str) -> float:
-    """The least positive scale: float16 may use its subnormals, which are normal once widened to float32."""
-    return max(float(jnp.finfo(dtype).smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
+def _scale_limits(dtype: str) -> tuple[float, float]:
+    """The least and greatest scale of a dtype whose inverses are normal float32.
+
+    float16 may use its subnormals, which float32 holds as normal numbers.
+    """
+    info, tiny = jnp.finfo(dtype), float(jnp.finfo(jnp.float32).tiny)
+    return max(float(info.smallest_subnormal), tiny), min(float(info.max), 1 / tiny)
 
 
 def _round_scale(scale: jax.Array, width: jax.Array, spec: TensorSpec) -> jax.Array:
-    magnitude = jnp.clip(jnp.abs(scale), _least_scale(spec.scale_dtype), float(jnp.finfo(spec.scale_dtype).max))
+    magnitude = jnp.clip(jnp.abs(scale), *_scale_limits(spec.scale_dtype))
     return jnp.where(width > 0, jnp.where(scale < 0, -magnitude, magnitude), 1.0).astype(spec.scale_dtype)
 
 
 def _power_of_two_scale(absmax: jax.Array, spec: TensorSpec) -> jax.Array:
     """OCP Microscaling's shared exponent: floor(log2 absmax) - 2, where 2 is E2M1's largest exponent."""
     _, exponent = jnp.frexp(absmax)  # absmax = m 2^exponent with 1/2 <= m < 1; log2 would be off at powers of two
-    least, most = math.frexp(_least_scale(spec.scale_dtype))[1] - 1, int(jnp.finfo(spec.scale_dtype).maxexp) - 1
+    least, most = (math.frexp(limit)[1] - 1 for limit in _scale_limits(spec.scale_dtype))
     scale = jnp.ldexp(jnp.ones_like(absmax), jnp.clip(exponent - 3, least, most))
     return jnp.where(absmax > 0, scale, 1.0).astype(spec.scale_dtype)
 
@@ -253,7 +257,9 @@ def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: T
     Returns:
         Unpacked codes of the shape of `x`.
     """
-    values = x / expand_grid(scale.astype(jnp.float32), x.shape)
+    # XLA turns a division by a broadcast into a product with its inverse, but not for every form of broadcast. Writing
+    # the product gives a tensor the same codes in every program.
+    values = x * expand_grid(1.0 / scale.astype(jnp.float32), x.shape)
     if zero_point is not None:  # round before adding: ties must not depend on the zero point's parity
         values = jnp.round(values) + expand_grid(zero_point.astype(jnp.float32), x.shape)
     return encode_values(values, spec.format)

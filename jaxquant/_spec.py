@@ -160,7 +160,7 @@ class QuantSpec:
             return
         if not isinstance(activation.granularity, PerTensor | PerToken | PerGroup):
             raise ValueError(
-                f"QuantSpec: an activation takes PerTensor(), PerToken() or PerGroup(size), got {activation.granularity}:"
+                f"QuantSpec: activations take PerTensor(), PerToken() or PerGroup(size), got {activation.granularity}:"
                 " other scales cannot be divided out of a sum"
             )
         weight = self.weight.format

@@ -58,8 +58,8 @@ def test_group_sizes_are_positive_ints(size):
     ("weight", "activation", "message"),
     [
         (TensorSpec("int8", PerToken()), None, r"PerToken\(\) is for activations"),
-        (TensorSpec("int8"), TensorSpec("int8", PerChannel()), "an activation takes"),
-        (TensorSpec("int8"), TensorSpec("int8", PerBlock()), "an activation takes"),
+        (TensorSpec("int8"), TensorSpec("int8", PerChannel()), "activations take"),
+        (TensorSpec("int8"), TensorSpec("int8", PerBlock()), "activations take"),
         (TensorSpec("int8"), TensorSpec("int4", PerToken()), "activation qtype 'int4'; accepted: int8"),
         (TensorSpec("int8"), TensorSpec("int16", PerToken()), "activation qtype 'int16'; accepted: int8"),
         (TensorSpec("int8"), TensorSpec("nf4", PerToken()), "activation qtype 'nf4'; accepted: int8"),
