@@ -1,4 +1,4 @@
-"""Clocks for kernels on a GPU: the profiler's kernel times, CUDA graph replay, and the conditions a number was taken under."""
+"""Clocks for kernels on a GPU: the profiler's kernel times, CUDA graph replay; and what a number was taken under."""
 
 import datetime
 import math

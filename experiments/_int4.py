@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from experiments._clock import rotations
 from pallas_kernels.int4_matmul import dequantize, int4_matmul, pack
 
-# Outputs are rounded to 16 bits once and, when scaled before the product, so are the weights: each is off by at most half an eps
-# of its own size, so that the norm of the error stays under one eps of the norm of the result.
+# Outputs are rounded to 16 bits once and, when scaled before the product, so are the weights: each is off by at most
+# half an eps of its own size, so that the norm of the error stays under one eps of the norm of the result.
 TOLERANCE = {"bfloat16": 2.0**-8, "float16": 2.0**-10}
 
 
@@ -43,7 +43,7 @@ def relative_error(out, x, qweight, scale, zero, bias):
 
 
 def verify(data: dict, config=None) -> dict:
-    """Run the kernel twice on the first weight, over poisoned memory: its error, and whether both runs agree to the bit."""
+    """Run the kernel twice on the first weight, over poisoned memory: its error, and whether the runs agree to a bit."""
     qweight, scale, zero = data["weights"][0]
     run = jax.jit(lambda x, q, s, z, b: int4_matmul(x, q, s, z, bias=b, implementation="mosaic_gpu", config=config))
     operands = (data["x"], qweight, scale, zero, data["bias"])

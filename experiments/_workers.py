@@ -1,6 +1,7 @@
 """Run many small GPU measurements in processes of their own, so that a kernel that hangs or crashes costs only itself.
 
-Each worker compiles on its own core and takes turns at the device (`device_turn`), so timings do not disturb one another.
+Each worker compiles on its own core and takes turns at the device (`device_turn`), so timings do not disturb one
+another.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ def serve(handle):
         item = json.loads(line)
         try:
             result = handle(item)
-        except Exception as error:  # noqa: BLE001 - a failed measurement is a result
+        except Exception as error:  # a failed measurement is a result
             result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
         print("RESULT " + json.dumps(item | result), flush=True)
 

@@ -1,8 +1,8 @@
 """Compile a kernel for an H200 on a machine without a GPU, and read what the assembler said.
 
-With the CUDA plugin wheels installed (no driver, no GPU) XLA compiles for a described target. What this catches: layout and
-lowering errors, shared memory out of bounds, register spills, wgmma serialised by register pressure. What it cannot: numerics,
-races, deadlocks, speed.
+With the CUDA plugin wheels installed (no driver, no GPU) XLA compiles for a described target. What this catches:
+layout and lowering errors, shared memory out of bounds, register spills, wgmma serialised by register pressure. What
+it cannot: numerics, races, deadlocks, speed.
 """
 
 import contextlib

@@ -29,8 +29,8 @@ def int4_matmul(
 ) -> jax.Array:
     """Multiply activations by an int4 weight: `(x * pre_scale) @ ((code - zero_point) * scale) + bias`.
 
-    Sums are float32. Differentiable in everything but the codes; under `vmap` tokens fold into one product, and weights are
-    taken one after another.
+    Sums are float32. Differentiable in everything but the codes; under `vmap` tokens fold into one product, and
+    weights are taken one after another.
 
     Args:
       x: `[..., K]` bfloat16 or float16.
@@ -39,8 +39,8 @@ def int4_matmul(
       zero_point: like `scale`, in the units of the codes (-8..7), whole numbers.
       pre_scale: `[K]`; x is multiplied by it first.
       bias: `[N]`.
-      implementation: "mosaic_gpu" (the Hopper kernel; never falls back), "xla", or None: the kernel on a CUDA device if it
-        takes the problem, else "xla"; decided when the program is lowered for its platform.
+      implementation: "mosaic_gpu" (the Hopper kernel; never falls back), "xla", or None: the kernel on a CUDA device
+        if it takes the problem, else "xla"; decided when the program is lowered for its platform.
       config: the kernel's configuration; by default the cost model's choice.
 
     Returns:
@@ -82,7 +82,7 @@ def _check(x, qweight, scale, zero_point, pre_scale, bias):
     if x.ndim < 1 or scale.ndim != 2 or qweight.ndim != 4 or qweight.dtype != jnp.int32:
         raise ValueError(
             f"int4_matmul takes x [..., K], qweight [N/64, K/64, 2, 256] int32 (see pack) and scale [groups, N]; "
-            f"got x {x.shape}, qweight {qweight.shape} {qweight.dtype}, scale {scale.shape} (vmap over leading weight axes)"
+            f"got x {x.shape}, qweight {qweight.shape} {qweight.dtype}, scale {scale.shape} (vmap over stacked weights)"
         )
     k, (groups, n) = x.shape[-1], scale.shape
     packed = (-(-n // TILE), -(-k // TILE), 2, 256)

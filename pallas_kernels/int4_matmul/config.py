@@ -23,7 +23,7 @@ class Config:
       num_stages: stages of the ring that the copy engine fills.
       num_warpgroups: compute warpgroups; each owns 64 outputs of the tile.
       split_k: blocks of a cluster that share a tile's inputs; their sums meet in distributed shared memory.
-      scale_after: multiply each group's product by its scale (cheap for few tokens) or the weights before it (for many).
+      scale_after: multiply each group's product by its scale (cheap for few tokens), or else the weights before it.
       snake_width: output tiles of a strip of the traversal order (L2 locality when there are many token tiles).
     """
 
@@ -125,13 +125,14 @@ def default_config(m: int, k: int, n: int, num_groups: int, dtype=jnp.bfloat16, 
 
 
 def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
-    """A coarse model: waves of tiles, each the longer of its bytes and its products, plus what a tile and a launch cost."""
+    """A coarse model: waves of tiles, each the longer of its bytes and its products, and the cost of a launch."""
     c = config
     tiles = math.ceil(m / c.block_m) * math.ceil(n / c.block_n)
     waves = math.ceil(tiles / num_clusters(c.split_k))
     inputs = math.ceil(math.ceil(k / c.block_k) / c.split_k) * c.block_k
     rows = min(m, c.block_m)
-    # Per SM and microsecond: 30 kB from memory, 60 kB from the L2 cache, 2.9 million multiply-adds or 100 thousand codes unpacked.
+    # Per SM and microsecond: 30 kB from memory, 60 kB from the L2 cache, 2.9 million multiply-adds, 100 thousand codes
+    # unpacked.
     weight_bytes, x_bytes = c.block_n * inputs / 2, rows * inputs * 2
     in_flight = c.num_stages * (c.block_n * c.block_k / 2)
     copy = max(weight_bytes / 30e3 * max(1.0, 48e3 / in_flight), (weight_bytes + x_bytes) / 60e3)
@@ -140,5 +141,5 @@ def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
 
 
 def num_clusters(split_k: int, num_sms: int = HOPPER_SMS) -> int:
-    """Clusters of `split_k` blocks that run at once (some of a Hopper's processor groups hold 18 SMs, two more than fours fit)."""
+    """Clusters of `split_k` blocks that run at once; groups of 18 SMs hold only four clusters of four."""
     return num_sms // split_k if split_k <= 2 else (num_sms - 4) // split_k

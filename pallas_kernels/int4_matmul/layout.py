@@ -1,10 +1,11 @@
 """The fragment-major layout of int4 weights: each thread finds its wgmma operand in one 16-byte load.
 
-A weight `[K, N]` is cut into tiles of 64 inputs by 64 outputs. A tile is the A operand of four `wgmma.m64nXk16`, held by the 128
-threads of a warpgroup, four words each: word `s` of a thread holds its eight codes of step `s`. Nibbles `j` and `j + 4` are the
-low and high halves of its operand register `j`, so that one shift and one `lop3` leave two codes in the mantissas of a register.
-Codes are stored offset by 8 (0..15). Array shape: `[..., N / 64, K / 64, 2, 256]` int32, the thread the slow axis of the
-512 words; the split in two is for the copy engine, whose boxes are at most 256 wide.
+A weight `[K, N]` is cut into tiles of 64 inputs by 64 outputs. A tile is the A operand of four `wgmma.m64nXk16`, held
+by the 128 threads of a warpgroup, four words each: word `s` of a thread holds its eight codes of step `s`. Nibbles
+`j` and `j + 4` are the low and high halves of its operand register `j`, so that one shift and one `lop3` leave two
+codes in the mantissas of a register. Codes are stored offset by 8 (0..15). Array shape: `[..., N / 64, K / 64, 2,
+256]` int32, the thread the slow axis of the 512 words; the split in two is for the copy engine, whose boxes are at
+most 256 wide.
 """
 
 import jax
@@ -15,7 +16,8 @@ CODE_OFFSET = 8
 # One axis each: step, register column half, thread column, element; then warp, register row half, thread row.
 _TILED_K = (4, 2, 4, 2)
 _TILED_N = (4, 2, 8)
-# From (k tile, step, half, column, element, n tile, warp, half, row) to (n tile, k tile | warp, row, column, step | element, half, half).
+# From (k tile, step, half, column, element, n tile, warp, half, row) to
+# (n tile, k tile | warp, row, column, step | element, half, half): the array, the thread and word, the nibble.
 _TO_FRAGMENT = (5, 0, 6, 8, 3, 1, 4, 2, 7)
 _FROM_FRAGMENT = tuple(_TO_FRAGMENT.index(axis) for axis in range(9))
 

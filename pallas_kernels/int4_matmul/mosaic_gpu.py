@@ -1,17 +1,19 @@
 """The Hopper int4 kernel: weights unpacked into registers feed wgmma while the copy engine streams what comes next.
 
-The product is computed transposed, `out^T = W^T x^T`, so that the outputs N fill the 64 rows that wgmma insists on and the tokens
-its flexible side (8 to 256). One kernel serves both regimes; a `Config` says how it is cut:
+The product is computed transposed, `out^T = W^T x^T`, so that the outputs N fill the 64 rows that wgmma insists on
+and the tokens its flexible side (8 to 256). One kernel serves both regimes; a `Config` says how it is cut:
 
-- A persistent block walks over tiles of `block_m` tokens by `block_n` outputs. One warp drives the copy engine through a ring of
-  stages that runs on across tiles, so that memory never idles at a tile's end; each compute warpgroup owns 64 of the outputs.
-- Few tokens (memory-bound): codes enter the product as integers and each group's product is scaled after it. The blocks of a
-  cluster split K; their partial sums meet in distributed shared memory and are added in a fixed order.
-- Many tokens (compute-bound): weights are scaled before the product, and the unpacking of one tile runs under the product of the
-  one before.
+- A persistent block walks over tiles of `block_m` tokens by `block_n` outputs. One warp drives the copy engine
+  through a ring of stages that runs on across tiles, so that memory never idles at a tile's end; each compute
+  warpgroup owns 64 of the outputs.
+- Few tokens (memory-bound): codes enter the product as integers and each group's product is scaled after it. The
+  blocks of a cluster split K; their partial sums meet in distributed shared memory and are added in a fixed order.
+- Many tokens (compute-bound): weights are scaled before the product, and the unpacking of one tile runs under the
+  product of the one before.
 
-Ragged tiles cost nothing: the copy engine fills reads out of bounds with zeros and drops such writes. Only a token count over 8
-that is no multiple of 8 is padded to one outside the kernel, and the inputs of a per-channel weight to a multiple of 64.
+Ragged tiles cost nothing: the copy engine fills reads out of bounds with zeros and drops such writes. Only a token
+count over 8 that is no multiple of 8 is padded to one outside the kernel, and the inputs of a per-channel weight to a
+multiple of 64.
 """
 
 import functools
@@ -24,16 +26,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.int4_matmul.config import Config, num_clusters
 from pallas_kernels.int4_matmul.layout import CODE_OFFSET, TILE
-from pallas_kernels.int4_matmul.unpack import MAGIC, ROWS, unpack_int4
+from pallas_kernels.int4_matmul.operand import MAGIC, ROWS, unpack_int4
 
-# Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at launch
-# (168, 128, 96) pays exactly for what the others take, in steps of 8.
+# Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at
+# launch (168, 128, 96) pays for what the others take, in steps of 8.
 _COMPUTE_REGISTERS = {2: 232, 3: 152, 4: 112}
 _COPY_REGISTERS = {2: 40, 3: 40, 4: 24}
 
 
 def int4_matmul_mosaic_gpu(x, qweight, scale, zero_point, bias, *, config: Config) -> jax.Array:
-    """Launch the kernel: `x` `[M, K]`, the operands of `int4_matmul` in two dimensions; returns `[M, N padded to 64]`."""
+    """Launch the kernel: `x` `[M, K]` and the operands of `int4_matmul`; returns `[M, N padded to 64]`."""
     tokens, k = x.shape
     if tokens > 8 or k % TILE:  # The copy engine addresses x in tiles of 8 rows by 64 (groups of 32: by 32) inputs.
         depth = TILE if scale.shape[0] == 1 else min(TILE, k // scale.shape[0])
@@ -142,7 +144,7 @@ def _body(plan: _Plan, x, w, scale, *rest):
 
 
 def _for_each_tile(plan: _Plan, visit):
-    """Call `visit(count, m_tile, n_tile, first_step, last_step, position)` for this cluster's tiles; it returns the ring position."""
+    """Call `visit(count, m_tile, n_tile, first_step, last_step, position)`, which returns the ring's next position."""
     cluster, rank = lax.axis_index("tile"), lax.axis_index("split")
     split = plan.config.split_k
     first, last = lax.div(rank * plan.k_steps, split), lax.div((rank + 1) * plan.k_steps, split)

@@ -10,7 +10,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 
-# A code in the low mantissa bits under this exponent reads as magic + code: 128 in bfloat16 (0x4300), 1024 in float16 (0x6400).
+# A code in the low mantissa bits under this exponent reads as magic + code: 128 in bfloat16, 1024 in float16.
 _MAGIC_BITS = {"bfloat16": 0x43004300, "float16": 0x64006400}
 MAGIC = {"bfloat16": 128, "float16": 1024}
 _PTX_TYPE = {"bfloat16": "bf16x2", "float16": "f16x2"}

@@ -1,0 +1,63 @@
+"""The kernel compiles for an H200 on this machine: no spill, no serialised wgmma, shared memory in bounds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels._aot import compile_for_h200
+from pallas_kernels.int4_matmul import default_config, int4_matmul
+from pallas_kernels.int4_matmul.cases import SHAPES
+
+pytestmark = pytest.mark.aot
+
+
+def compiled(m, k, n, group, *, dtype=jnp.bfloat16, zero=False, bias=False, config=None):
+    """Reports on the kernels of one product."""
+    shape = lambda *s: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+    qweight = jax.ShapeDtypeStruct((-(-n // 64), -(-k // 64), 2, 256), jnp.int32)
+    operands = [shape(m, k), qweight, shape(k // group, n)]
+    operands += [shape(k // group, n) if zero else None, shape(n) if bias else None]
+
+    def fn(x, q, s, z, b):
+        return int4_matmul(x, q, s, z, bias=b, implementation="mosaic_gpu", config=config)
+
+    return compile_for_h200(fn, *operands)
+
+
+# Every default that the table's shapes meet.
+@functools.cache
+def defaults():
+    found = {}
+    for k, n in SHAPES.values():
+        for m in (1, 16, 32, 64, 128, 256, 4096):
+            found.setdefault(default_config(m, k, n, k // 128), (m, k, n))
+    return found
+
+
+@pytest.mark.parametrize("index", range(20))
+def test_defaults_are_fit(index):
+    cases = list(defaults().items())
+    if index >= len(cases):
+        pytest.skip(f"there are {len(cases)} defaults")
+    config, (m, k, n) = cases[index]
+    hlo, reports = compiled(m, k, n, 128, config=config)
+    assert hlo.count('custom_call_target="mosaic_gpu_v2"') == len(reports) == 1
+    assert not reports[0].problems, reports[0].ptxas
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"m": 3, "k": 1056, "n": 320, "group": 32, "zero": True, "dtype": jnp.float16},
+        {"m": 150, "k": 1056, "n": 320, "group": 32, "zero": True, "dtype": jnp.float16},
+        {"m": 48, "k": 1600, "n": 1088, "group": 64, "zero": True, "bias": True},
+        {"m": 257, "k": 1000, "n": 100, "group": 1000, "bias": True},
+    ],
+    ids=lambda case: f"m{case['m']}-g{case['group']}",
+)
+def test_every_option_is_fit(case):
+    _, reports = compiled(**case)
+    assert len(reports) == 1
+    assert not reports[0].problems, reports[0].ptxas

@@ -1,0 +1,118 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.int4_matmul import Config, default_config, int4_matmul, pack, supports
+from pallas_kernels.int4_matmul.config import SHARED_MEMORY_BYTES, candidates
+
+# The weight and the output are each rounded once to x's 8 significant bits: half an eps of its own size each.
+EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+def problem(rng, m, k, n, groups, *, dtype="bfloat16", lead=()):
+    """Fresh random operands as numpy arrays, and the exact product in float64."""
+    codes = rng.integers(-8, 8, (k, n)).astype(np.int8)
+    cast = lambda a: np.asarray(jnp.asarray(a, jnp.dtype(dtype)))  # noqa: E731
+    scale = cast(rng.normal(size=(groups, n)) * 0.05)
+    zero = rng.integers(-8, 8, (groups, n)).astype(np.float32)
+    x, pre_scale, bias = cast(rng.normal(size=(*lead, m, k))), cast(rng.uniform(0.5, 2, k)), cast(rng.normal(size=n))
+    scaled = np.asarray(jnp.asarray(x) * jnp.asarray(pre_scale).reshape((1,) * (x.ndim - 1) + (k,)), np.float64)
+    weight = (codes.reshape(groups, k // groups, n) - zero[:, None]) * scale.astype(np.float64)[:, None]
+    exact = scaled @ weight.reshape(k, n) + bias.astype(np.float64)
+    operands = {"x": x, "scale": scale, "zero_point": zero, "pre_scale": pre_scale, "bias": bias}
+    return pack(jnp.asarray(codes)), {name: jnp.asarray(a) for name, a in operands.items()}, exact
+
+
+def product(qweight, operands, **options):
+    rest = {name: a for name, a in operands.items() if name not in ("x", "scale")}
+    return int4_matmul(operands["x"], qweight, operands["scale"], **rest, **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "groups"), [(1, 256, 192, 2), (7, 96, 100, 3), (17, 200, 64, 1), (0, 64, 64, 1)]
+)
+def test_matches_float64(rng, m, k, n, groups, dtype):
+    qweight, operands, exact = problem(rng, m, k, n, groups, dtype=dtype, lead=(2,))
+    out = np.asarray(jax.jit(product)(qweight, operands), np.float64)
+    assert out.shape == exact.shape
+    if m:
+        assert np.linalg.norm(out - exact) <= EPS[dtype] * np.linalg.norm(exact)
+
+
+def test_vmap_over_tokens_and_over_weights_is_the_loop(rng):
+    qweight, operands, _ = problem(rng, 3, 128, 64, 1, lead=(4,))
+    over_tokens = jax.vmap(lambda x: product(qweight, operands | {"x": x}))(operands["x"])
+    np.testing.assert_array_equal(over_tokens, product(qweight, operands))
+    stack = jnp.stack([qweight, qweight ^ 0x11111111])
+    over_weights = jax.vmap(lambda q: product(q, operands))(stack)
+    np.testing.assert_array_equal(over_weights, jnp.stack([product(q, operands) for q in stack]))
+
+
+def test_scan_with_the_layer_axis_in_front(rng):
+    k = 128
+    qweight, operands, _ = problem(rng, 2, k, k, 1)
+    stack = jnp.stack([qweight, qweight ^ 0x70707070, qweight])
+    step = lambda x, q: (product(q, operands | {"x": x}) / 8, None)  # noqa: E731
+    scanned, _ = jax.lax.scan(step, operands["x"], stack)
+    looped = operands["x"]
+    for q in stack:
+        looped, _ = step(looped, q)
+    np.testing.assert_allclose(np.asarray(scanned, np.float32), np.asarray(looped, np.float32), rtol=2e-2, atol=2e-2)
+
+
+def test_gradient_is_the_transposed_product(rng):
+    qweight, operands, _ = problem(rng, 5, 128, 64, 2)
+    cotangent = jnp.asarray(rng.normal(size=(5, 64)), jnp.bfloat16)
+    fn = lambda x, bias: product(qweight, operands | {"x": x, "bias": bias})  # noqa: E731
+    _, vjp = jax.vjp(fn, operands["x"], operands["bias"])
+    dx, dbias = vjp(cotangent)
+    identity = {"x": jnp.eye(128, dtype=jnp.bfloat16), "bias": jnp.zeros(64, jnp.bfloat16)}
+    weight = np.asarray(product(qweight, operands | identity), np.float64)
+    expected = np.asarray(cotangent, np.float64) @ weight.T
+    assert np.linalg.norm(np.asarray(dx, np.float64) - expected) <= 2 * EPS["bfloat16"] * np.linalg.norm(expected)
+    np.testing.assert_allclose(
+        np.asarray(dbias, np.float64), np.asarray(cotangent, np.float64).sum(0), rtol=0, atol=5 * 2 * EPS["bfloat16"]
+    )
+
+
+def test_no_kernel_is_asked_of_a_cpu_unless_named(rng):
+    qweight, operands, _ = problem(rng, 1, 128, 64, 1)
+    text = jax.jit(product).lower(qweight, operands).as_text()
+    assert "mosaic" not in text
+    with pytest.raises(ValueError, match="interpret"):
+        product(qweight, operands, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": jnp.ones((2, 192), jnp.bfloat16)}, "qweight has shape"),
+        ({"scale": jnp.ones((3, 64), jnp.bfloat16)}, "3 groups"),
+        ({"zero_point": jnp.ones((1, 64))}, "zero_point has shape"),
+        ({"bias": jnp.ones((65,))}, "bias has shape"),
+        ({"pre_scale": jnp.ones((64,))}, "pre_scale has shape"),
+    ],
+)
+def test_misfits_are_named(rng, change, message):
+    qweight, operands, _ = problem(rng, 2, 128, 64, 2)
+    with pytest.raises(ValueError, match=message):
+        product(qweight, operands | change)
+
+
+def test_named_kernel_refuses_with_the_reason(rng):
+    qweight, operands, _ = problem(rng, 2, 96, 64, 2)
+    with pytest.raises(NotImplementedError, match="groups of 48"):
+        product(qweight, operands, implementation="mosaic_gpu")
+    assert product(qweight, operands).shape == (2, 64)
+
+
+@pytest.mark.parametrize("m", [1, 16, 33, 64, 128, 300, 4096])
+@pytest.mark.parametrize(("k", "n", "groups"), [(4096, 4096, 32), (14336, 4096, 1), (1056, 320, 33), (8192, 57344, 64)])
+def test_default_config_fits_shared_memory(m, k, n, groups):
+    config = default_config(m, k, n, groups)
+    assert isinstance(config, Config)
+    assert config in candidates(m, k, n, groups)
+    assert config.shared_memory_bytes(k // groups, has_zero_point=False) <= SHARED_MEMORY_BYTES
+    assert supports(k, n, groups, jnp.bfloat16, config=config) is None
