@@ -43,7 +43,7 @@ def relative_error(out, x, qweight, scale, zero, bias):
 
 
 def verify(data: dict, config=None) -> dict:
-    """Run the kernel twice on the first weight, over poisoned memory: its error, and whether the runs agree to a bit."""
+    """Run the kernel twice on the first weight, over poisoned memory: its error, and if both agree bit for bit."""
     qweight, scale, zero = data["weights"][0]
     run = jax.jit(lambda x, q, s, z, b: int4_matmul(x, q, s, z, bias=b, implementation="mosaic_gpu", config=config))
     operands = (data["x"], qweight, scale, zero, data["bias"])

@@ -89,9 +89,10 @@ class _Worker:
     """One process and the item it is at."""
 
     def __init__(self, module: str, environment: dict):
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, "--worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
         )  # fmt: skip
         os.set_blocking(self._process.stdout.fileno(), False)
         self._buffer, self.item, self._since, self.dead, self._warm = "", None, 0.0, False, False
@@ -117,7 +118,9 @@ class _Worker:
         if self.item is None:
             return None
         if self._process.poll() is not None:
-            return self._fail(f"crashed (exit {self._process.returncode})")
+            self._errors.seek(0)
+            last_words = self._errors.read().decode(errors="replace").strip()[-300:]
+            return self._fail(f"crashed (exit {self._process.returncode}): {last_words}")
         if time.monotonic() - self._since > stall * (1 if self._warm else 2):
             return self._fail("hung")
         return None
