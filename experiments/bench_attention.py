@@ -8,6 +8,7 @@ products, half of them for causal.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import secrets
@@ -82,17 +83,44 @@ def measure(item: dict) -> dict:
     case = (SPEED | CORRECTNESS)[item["case"]]
     if item["mode"] == "torch_sdpa":
         return _torch_row(case)
-    program = jax.jit(_program(case, item))
+    swept = item["config"] is not None
+    program = _compiled(_program(case, item), case)
+    references = _references(item["case"], item["mode"], swept)
     with _workers.device_turn():
         row = {"ok": True}
-        kinds = ("biased", "normal") if item["case"] in CORRECTNESS or item["config"] is None else ("normal",)
-        for kind in kinds:
+        for kind in ("normal",) if swept else ("biased", "normal"):
             qkv = inputs(case, kind)
-            row[kind] = verify(program, qkv, case, item["mode"])
+            row[kind] = verify(program, references, qkv, item["mode"])
             row["ok"] &= row[kind]["ok"]
         if row["ok"] and item["timed"]:
             row |= _times(program, qkv, case)
     return row
+
+
+def _compiled(fn, case: Case):
+    """Compiles outside the turn at the device."""
+    shapes = [(case.batch, case.tokens, case.heads, case.head_dim)]
+    shapes += 2 * [(case.batch, case.kv_tokens, case.kv_heads, case.head_dim)]
+    return jax.jit(fn).lower(*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)).compile()
+
+
+@functools.cache
+def _references(name: str, mode: str, swept: bool) -> dict:
+    """Compiled references of a row: exact attention, and unless swept its method in plain jnp and fp8 P and V alone."""
+    case = (SPEED | CORRECTNESS)[name]
+    references = {"exact": _exact_program(name, None)}
+    if not swept and mode in MODES:
+        references["e4m3"] = _exact_program(name, E4M3)
+        if name in CORRECTNESS:  # it holds every score
+            method = functools.partial(attention, mode=mode, implementation="xla", **options(case))
+            references["method"] = _compiled(method, case)
+    return references
+
+
+@functools.cache
+def _exact_program(name: str, rounded):
+    case = (SPEED | CORRECTNESS)[name]
+    return _compiled(functools.partial(_exact, case=case, rounded=rounded), case)
 
 
 def _program(case: Case, item: dict):
@@ -123,7 +151,7 @@ def inputs(case: Case, kind: str, dtype=jnp.bfloat16) -> tuple[jax.Array, jax.Ar
     return q.astype(dtype), k.astype(dtype), v.astype(dtype)
 
 
-def verify(program, qkv, case: Case, mode: str) -> dict:
+def verify(program, references: dict, qkv, mode: str) -> dict:
     """Errors against exact attention: the program's, the same method's in plain jnp, and fp8 P and V alone.
 
     The program is right if it errs no more than the method it computes (its weights are rounded against a running
@@ -131,27 +159,19 @@ def verify(program, qkv, case: Case, mode: str) -> dict:
     """
     first, second = (jax.block_until_ready(program(*qkv)) for _ in range(2))
     same = bool((first.view(jnp.int16) == second.view(jnp.int16)).all())
-    exact = _exact(*qkv, case, None)
-    error = lambda out: float(jnp.linalg.norm(out.astype(jnp.float32) - exact) / jnp.linalg.norm(exact))  # noqa: E731
+    exact = references["exact"](*qkv)
+
+    def error(out) -> float:
+        return float(jnp.linalg.norm(out.astype(jnp.float32) - exact) / jnp.linalg.norm(exact))
+
     row = {"error": error(first), "deterministic": same}
-    if mode == "cudnn":
-        return row | {"ok": row["error"] < 2**-7}
-    if case.tokens <= 2048:
-        method = jnp.concatenate(
-            [attention(*(x[i : i + 1] for x in qkv), mode=mode, implementation="xla", **_entry(case, i))
-             for i in range(case.batch)]
-        )  # fmt: skip
-        row["method_error"] = error(method)
-    row["e4m3_error"] = error(_exact(*qkv, case, E4M3))
-    allowed = 1.05 * row.get("method_error", {"int8_f16": 0.016, "fp8": 0.07}.get(mode, 0.045)) + 2.0**-8
+    row |= {f"{name}_error": error(run(*qkv)) for name, run in references.items() if name != "exact"}
+    fixed = {"cudnn": 2.0**-8, "int8_f16": 0.016, "fp8": 0.07}.get(mode, 0.045)
+    allowed = 1.05 * row.get("method_error", fixed) + 2.0**-8
     return row | {"ok": same and row["error"] <= allowed}
 
 
-def _entry(case: Case, i: int) -> dict:
-    return {key: value[i : i + 1] if key.endswith("lengths") else value for key, value in options(case).items()}
-
-
-def _exact(q, k, v, case: Case, rounded):
+def _exact(q, k, v, *, case: Case, rounded):
     """Attention in float32, or with P and V rounded to e4m3 around exact scores; one head at a time."""
     given = options(case)
     window = given.get("window", (None, None))
@@ -180,7 +200,7 @@ def _exact(q, k, v, case: Case, rounded):
             p = round_to(p * 448.0, rounded).astype(jnp.float32) * (1 / 448.0)
         return jnp.matmul(p, one(v, group), precision="highest") / jnp.where(total == 0, 1.0, total)
 
-    out = jax.jit(lambda: lax.map(head, jnp.arange(case.batch * case.heads)))()
+    out = lax.map(head, jnp.arange(case.batch * case.heads))
     return out.reshape(case.batch, case.heads, case.tokens, case.head_dim).swapaxes(1, 2)
 
 
