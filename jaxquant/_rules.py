@@ -3,12 +3,15 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxquant._spec import QuantConfig, QuantSpec, Rule
 from jaxquant._tree import is_quantized, named_leaves, nearest_paths
+
+MAX_WINDOW = 16  # of a convolution not known by its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,6 @@ def assign(params: Any, config: QuantConfig, axes: dict[str, tuple[int, ...]] | 
 
     Raises:
         ValueError: the tree is empty, or a rule matches nothing or names a leaf that cannot be quantized.
-        TypeError: a rule names a leaf that is no array.
         TypeError: a leaf is no array.
     """
     leaves = named_leaves(params)
@@ -49,7 +51,12 @@ def assign(params: Any, config: QuantConfig, axes: dict[str, tuple[int, ...]] | 
             " variables['params']"
         )
     _check_rules(config.rules, [path for path, _ in leaves])
-    return {path: _assign_leaf(path, leaf, config, axes or {}) for path, leaf in leaves}
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves if _is_array(leaf)}
+
+    def axis_of(path: str) -> tuple[int, ...]:
+        return (axes or {}).get(path) or conventional_axis(path, shapes[path], shapes)
+
+    return {path: _assign_leaf(path, leaf, config, axis_of) for path, leaf in leaves}
 
 
 def _check_rules(rules: tuple[Rule, ...], paths: list[str]) -> None:
@@ -62,32 +69,29 @@ def _check_rules(rules: tuple[Rule, ...], paths: list[str]) -> None:
             )
 
 
-def _assign_leaf(path: str, leaf: Any, config: QuantConfig, axes: dict[str, tuple[int, ...]]) -> Assignment:
+def _assign_leaf(path: str, leaf: Any, config: QuantConfig, axis_of: Callable[[str], tuple[int, ...]]) -> Assignment:
     left = Assignment(None, (), "")
     if is_quantized(leaf):
         return dataclasses.replace(left, reason="already quantized")
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-        raise TypeError(f"{path}: expected an array, got {type(leaf).__name__}; a parameter tree holds arrays only")
     rule = next((rule for rule in config.rules if rule.matches(path)), None)
     if rule is not None and rule.spec is None:
         return dataclasses.replace(left, reason=f"rule {rule.pattern!r} leaves it")
+    if not _is_array(leaf):
+        raise TypeError(f"{path}: arrays are accepted, got {type(leaf).__name__}; leave it with Rule({path!r}, None)")
     if rule is not None:
         _check_leaf(path, leaf, rule)
-        axis = rule.axes or axes.get(path) or conventional_axis(path, tuple(leaf.shape))
-        return Assignment(rule.spec, axis, f"rule {rule.pattern!r}")
-    if not _is_array(leaf):
-        return dataclasses.replace(left, reason=f"a {type(leaf).__name__}, not an array")
+        return Assignment(rule.spec, rule.axes or axis_of(path), f"rule {rule.pattern!r}")
     floating, shape = jnp.issubdtype(leaf.dtype, jnp.floating), tuple(leaf.shape)
     if not floating:
         return dataclasses.replace(left, reason=f"dtype {leaf.dtype} is not floating")
     if len(shape) < 2:
-        return dataclasses.replace(left, reason=f"{len(shape)} dimensions: vectors stay in float")
+        return dataclasses.replace(left, reason=f"a {'vector' if shape else 'scalar'} stays in float")
     skip = next((pattern for pattern in config.skip if re.fullmatch(pattern, path)), None)
     if skip is not None:
         return dataclasses.replace(left, reason=f"left by default ({skip!r})")
     if config.default is None:
         return dataclasses.replace(left, reason="no rule speaks of it")
-    axis = axes.get(path) or conventional_axis(path, shape)
+    axis = axis_of(path)
     if math.prod(shape[a] for a in axis) == 1:
         return dataclasses.replace(left, reason=f"contracting axes {axis} of one element: no matrix")
     return Assignment(config.default, axis, "default")
@@ -100,8 +104,6 @@ def _is_array(leaf: Any) -> bool:
 def _check_leaf(path: str, leaf: Any, rule: Rule) -> None:
     """Raises where a rule asks to quantize what cannot be."""
     asks, remedy = f"{path}: rule {rule.pattern!r} asks to quantize", "leave it with Rule(pattern, None) placed before"
-    if not _is_array(leaf):
-        raise TypeError(f"{asks} a {type(leaf).__name__}; arrays are accepted: {remedy}")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(f"{asks} a leaf of dtype {leaf.dtype}; floating dtypes are accepted: {remedy}")
     if not leaf.shape:
@@ -113,28 +115,42 @@ def _check_leaf(path: str, leaf: Any, rule: Rule) -> None:
         )
 
 
-def conventional_axis(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def conventional_axis(path: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Guesses the contracting axes of a weight from Flax's names, where no traced program tells.
 
-    Flax's attention projects with `query/kernel` [D, H, Dh] and `out/kernel` [H, Dh, D]; convolutions have a `kernel`
-    [*window, in, out]; Equinox's and PyTorch's `weight` is [out, in]; everything else contracts its last axis but one
-    (`Dense` [in, out], also under a scan stack).
+    Flax's attention projects with `query/kernel` [D, H, Dh] and `out/kernel` [H, Dh, D]: it is known by H and Dh being
+    the same in both, which a scan stack of plain matrices is not. Convolutions, known by their name or a small square
+    window, have a `kernel` [*window, in, out]; embeddings are [V, D], Equinox's and PyTorch's `weight` is [out, in];
+    everything else contracts its last axis but one (`Dense` [in, out], also under a scan stack).
     A wrong guess costs accuracy or speed, never correctness: products divide by whatever grid the weight has.
 
-    >>> conventional_axis("attention/out/kernel", (8, 64, 512))
+    Args:
+        path: the weight's path.
+        shape: its shape, of at least one dimension.
+        shapes: shapes of all parameters by path.
+
+    Returns:
+        Contracting axes, negative and ascending.
+
+    >>> shapes = {"attn/query/kernel": (512, 8, 64), "attn/out/kernel": (8, 64, 512)}
+    >>> conventional_axis("attn/out/kernel", (8, 64, 512), shapes)
     (-3, -2)
     """
-    if len(shape) == 1:
+    *_, parent, name = ["", *path.split("/")]
+    if len(shape) == 1 or name in ("embedding", "weight"):
         return (-1,)
-    names = path.split("/")
-    parent = names[-2] if len(names) > 1 else ""
-    if names[-1] == "kernel" and len(shape) >= 3:
-        if parent in ("query", "key", "value"):
-            return (-3,)
-        if parent == "out":
-            return (-3, -2)
-        if len(shape) >= 4:
-            return tuple(range(-len(shape), -1))
-    if names[-1] in ("embedding", "weight"):
-        return (-1,)
+    if name != "kernel":
+        return (-2,)
+    if parent in ("query", "key", "value", "out") and _projects_heads(path, shapes):
+        return (-3, -2) if parent == "out" else (-3,)
+    square = len(shape) == 4 and shape[0] == shape[1] <= MAX_WINDOW
+    if "conv" in parent.lower() or square:
+        return tuple(range(-len(shape), -1))
     return (-2,)
+
+
+def _projects_heads(path: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the attention that `path` belongs to keeps its heads as an axis of their own."""
+    module = path.split("/")[:-2]
+    query, out = (shapes.get("/".join([*module, projection, "kernel"]), ()) for projection in ("query", "out"))
+    return len(query) >= 3 and query[-2:] == out[-3:-1]

@@ -229,7 +229,7 @@ class Rule:
 # What a user would be surprised to find quantized: lookups, norms, routers, adapters and the head. First match wins.
 DEFAULT_SKIP = (
     r"(.*/)?(bias|b|scale|mean|var|count|gamma|beta)",
-    r"(.*/)?[^/]*(embed|pos_?emb|tok_?emb|norm|ln_|router|lm_head|logits|lora)[^/]*(/.*)?",
+    r"(?i)(.*/)?[^/]*(embed|pos_?emb|tok_?emb|norm|ln_|router|lm_head|logits|lora)[^/]*(/.*)?",
     r"(.*/)?(ln|head|gate|wte|wpe)(/.*)?",
 )
 
