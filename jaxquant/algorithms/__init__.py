@@ -1,0 +1,1 @@
+"""Algorithms that round weights: one paper a file, each a `WeightTransform` made of pure functions."""

@@ -1,0 +1,129 @@
+"""From a weight of any rank and its statistics to a quantized array, through a transform."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant._matrix import (
+    MatrixForm,
+    from_matrix,
+    grid_from_matrix,
+    matrix_form,
+    picked_from_matrix,
+    rows_from_matrix,
+    rows_to_matrix,
+    scalars_from_matrix,
+    to_matrix,
+)
+from jaxquant._outliers import OutlierArray
+from jaxquant._qarray import QArray, from_codes
+from jaxquant._spec import QuantSpec
+from jaxquant._statistics import Statistics
+from jaxquant.algorithms._transform import WeightState, WeightTransform, chain
+from jaxquant.algorithms.ranges import activation_scale, range_needs
+from jaxquant.algorithms.rtn import finish
+
+
+def needed_statistics(transform: WeightTransform | None, spec: QuantSpec) -> frozenset[str]:
+    """Names the statistics that a weight's calibration must gather.
+
+    Args:
+        transform: the algorithm, or None for round-to-nearest.
+        spec: the weight's spec; a static activation needs its range.
+
+    Returns:
+        Names out of `jaxquant._statistics.NEEDS`.
+    """
+    needs = transform.needs if transform is not None else frozenset()
+    return needs | (range_needs(spec.activation) if spec.activation is not None else frozenset())
+
+
+def quantize_weight(
+    w: jax.Array,
+    spec: QuantSpec,
+    transform: WeightTransform | None = None,
+    stats: Statistics | None = None,
+    *,
+    axis: tuple[int, ...] = (-2,),
+    batch_dims: int = 0,
+) -> tuple[QArray | OutlierArray, dict[str, jax.Array]]:
+    """Quantizes one weight by an algorithm, from the statistics of its inputs.
+
+    Args:
+        w: floating array.
+        spec: how.
+        transform: the algorithm; None rounds to nearest.
+        stats: statistics of the inputs over the flattened contracting axes, each leaf with `batch_dims` leading
+            dimensions; None where nothing was gathered.
+        axis: contracting axes, negative and ascending.
+        batch_dims: leading dimensions that are scan stacks or experts: quantized each on its own, in one program.
+
+    Returns:
+        (the quantized weight, the report: float32 and int32 arrays of the batch's shape).
+
+    Raises:
+        ValueError: statistics that the transform needs were not gathered.
+
+    >>> from jaxquant._spec import PRESETS
+    >>> q, report = quantize_weight(jnp.ones((128, 8)), PRESETS["w4a16"])
+    >>> q.shape
+    (128, 8)
+    """
+    form = matrix_form(w.shape, axis, batch_dims, spec.weight)
+    gathered = stats if stats is not None else Statistics(jnp.zeros(form.batch))
+    return _quantize_form(w, gathered, transform if transform is not None else chain(), spec, form)
+
+
+@functools.partial(jax.jit, static_argnames=("transform", "spec", "form"))
+def _quantize_form(
+    w: jax.Array, stats: Statistics, transform: WeightTransform, spec: QuantSpec, form: MatrixForm
+) -> tuple[QArray | OutlierArray, dict[str, jax.Array]]:
+    one = functools.partial(_quantize_matrix, transform=transform, spec=spec)
+    for _ in range(form.batch_dims):
+        one = jax.vmap(one)
+    state, act_scale, act_zero_point = one(to_matrix(w, form), pad_statistics(stats, form))
+    return _to_container(state, act_scale, act_zero_point, spec, form, w.dtype), state.report
+
+
+def _quantize_matrix(w: jax.Array, stats: Statistics, *, transform: WeightTransform, spec: QuantSpec):
+    start = WeightState(w, stats)
+    state = finish(start, transform.apply(start, spec), spec)
+    activation = spec.activation
+    if activation is None or not activation.static:
+        return state, None, None
+    return state, *activation_scale(state.stats, activation)
+
+
+def pad_statistics(stats: Statistics, form: MatrixForm) -> Statistics:
+    """Gives statistics over logical channels the padded K of the matrix; padded channels never fired."""
+    last = {name: getattr(stats, name) for name in ("absmax", "sum_abs", "low", "high", "samples")}
+    new = {name: rows_to_matrix(x, form, -1) for name, x in last.items() if x is not None}
+    squares = {name: getattr(stats, name) for name in ("hessian", "cross")}
+    new |= {n: rows_to_matrix(rows_to_matrix(x, form, -1), form, -2) for n, x in squares.items() if x is not None}
+    if stats.residual is not None:
+        new["residual"] = rows_to_matrix(stats.residual, form, -2)
+    return dataclasses.replace(stats, **new)
+
+
+def _to_container(state: WeightState, act_scale, act_zero_point, spec: QuantSpec, form: MatrixForm, dtype):
+    if state.codes is None or state.scale is None:
+        raise ValueError("a finished state has codes and scales")
+    zero_point = None if state.zero_point is None else grid_from_matrix(state.zero_point, form, spec.weight)
+    base = from_codes(
+        from_matrix(state.codes, form),
+        grid_from_matrix(state.scale, form, spec.weight),
+        zero_point,
+        spec,
+        form.axis,
+        form.shape,
+        dtype,
+        pre_scale=None if state.pre_scale is None else rows_from_matrix(state.pre_scale, form),
+        act_scale=None if act_scale is None else scalars_from_matrix(act_scale, form),
+        act_zero_point=None if act_zero_point is None else scalars_from_matrix(act_zero_point, form),
+    )
+    if state.outliers is None:
+        return base
+    index = picked_from_matrix(jnp.expand_dims(state.outliers.index, -1), form)
+    return OutlierArray(base, picked_from_matrix(state.outliers.rows, form).astype(dtype), index)
