@@ -222,16 +222,20 @@ def _batched(x: jax.Array | QArray, w: QArray, dims: Dims, counts: list[int]) ->
 def meet(x: jax.Array | QArray, w: QArray) -> tuple:
     """Values of both sides in dtypes that one product takes, zero points left to correct for, and the accumulator."""
     if not isinstance(x, QArray):
-        dtype = jnp.dtype(x.dtype) if w.format.bits <= 8 else jnp.promote_types(x.dtype, jnp.float32)
-        return x.astype(dtype), None, _float_values(w, dtype), None, jnp.promote_types(dtype, jnp.float32)
+        dtype = jnp.dtype(x.dtype) if w.format.bits <= 8 else _at_least_float32(x.dtype)
+        return x.astype(dtype), None, _float_values(w, dtype), None, _at_least_float32(dtype)
     if x.format.is_integer and w.format.is_integer and w.format.bits <= 8:
         return *_integer_values(x), *_integer_values(w), jnp.dtype(jnp.int32)
     if x.format.kind == "float" and (w.format.kind == "float" or w.qtype in _EXACT_IN_FLOAT8):
         dtype = x.format.code_dtype
         values = codes_of(w) if w.format.kind == "float" else _float_values(w, jnp.bfloat16).astype(dtype)
         return codes_of(x), None, values, None, jnp.dtype(jnp.float32)
-    dtype = jnp.promote_types(x.dtype, jnp.float32) if w.format.bits > 8 else x.dtype
+    dtype = _at_least_float32(x.dtype) if w.format.bits > 8 else x.dtype
     return _float_values(x, dtype), None, _float_values(w, dtype), None, jnp.dtype(jnp.float32)
+
+
+def _at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32)
 
 
 # integers of magnitude up to 16 and the levels of E2M1 need no more than the four significant bits of e4m3
