@@ -1,5 +1,8 @@
 """Convolution with a quantized kernel."""
 
+import itertools
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
@@ -7,7 +10,7 @@ from jaxquant._activation import Dims, quantize_activation, to_x_dims
 from jaxquant._products import bare, meet
 from jaxquant._qarray import QArray
 from jaxquant._spec import PerGroup
-from jaxquant._views import code_shape, refine, slice_dim, unpacked
+from jaxquant._views import refine, slice_dim, unpacked
 
 
 def convolution_refusal(q: QArray, params: dict) -> str | None:
@@ -28,8 +31,6 @@ def convolution_refusal(q: QArray, params: dict) -> str | None:
 
     if params["batch_group_count"] > 1:
         return "its batch is grouped"
-    if varies(q.scale, window) or varies(q.zero_point, [*window, channel] if q.scale.shape[channel] == 1 else window):
-        return "its scale differs within the window"
     if varies(q.scale, [channel]) and grouped:
         return "its scale differs between inputs of a grouped convolution"
     if q.perm is not None or varies(q.pre_scale, [out, *window]) or (q.pre_scale is not None and grouped):
@@ -52,28 +53,46 @@ def convolution(x: jax.Array, q: QArray, params: dict, dtype: jnp.dtype) -> jax.
         What `lax.conv_general_dilated` gives.
     """
     spec = params["dimension_numbers"]
-    out, channel = spec.rhs_spec[:2]
     if q.padded != q.shape[q.axis[-1]]:
         q = unpacked(q)
-    dims = Dims((spec.lhs_spec[1],), (channel,))
+    dims = Dims((spec.lhs_spec[1],), (spec.rhs_spec[1],))
     if q.pre_scale is not None:
         x = x * to_x_dims(q.pre_scale, dims, x.ndim).astype(x.dtype)
     inputs = x
     if q.activation is not None:
-        inputs = quantize_activation(x, Dims(spec.lhs_spec[1:], spec.rhs_spec[1:]), q.activation, *_static(q))
-    kernel, size = bare(q), code_shape(q)[channel] // q.scale.shape[channel]
-    if q.scale.shape[channel] == 1:
-        return _one_cell(inputs, kernel, params).astype(dtype)
+        inputs = quantize_activation(
+            x, Dims(spec.lhs_spec[1:], spec.rhs_spec[1:]), q.activation, q.act_scale, q.act_zero_point
+        )
     total = None
-    for cell in range(q.scale.shape[channel]):
-        at = cell * size, (cell + 1) * size
-        part = _one_cell(_channels(inputs, spec.lhs_spec[1], *at), slice_dim(kernel, channel, *at), params)
-        total = part if total is None else total + part
+    for part, inputs_of, padding in _cells(bare(q), inputs, params):
+        term = _one_cell(inputs_of, part, params | {"padding": padding})
+        total = term if total is None else total + term
     return total.astype(dtype)
 
 
-def _static(q: QArray) -> tuple[jax.Array | None, jax.Array | None]:
-    return q.act_scale, q.act_zero_point
+def _cells(kernel: QArray, x: jax.Array | QArray, params: dict) -> Iterator[tuple[QArray, jax.Array | QArray, tuple]]:
+    """Cuts a convolution into one for each scale along the kernel's window and input channels.
+
+    A part of the window sees x through padding reduced by what lies before and after it.
+    """
+    spec = params["dimension_numbers"]
+    channel, *window = spec.rhs_spec[1:]
+    for place in itertools.product(*(range(kernel.scale.shape[d]) for d in (channel, *window))):
+        part, inputs, padding = kernel, x, list(params["padding"])
+        for cell, dim in zip(place, (channel, *window), strict=True):
+            length = kernel.shape[dim]
+            size = length // kernel.scale.shape[dim]
+            if size == length:
+                continue
+            start, limit = cell * size, (cell + 1) * size
+            part = slice_dim(part, dim, start, limit)
+            if dim == channel:
+                inputs = _channels(inputs, spec.lhs_spec[1], start, limit)
+            else:
+                side, step = window.index(dim), params["rhs_dilation"][window.index(dim)]
+                low, high = padding[side]
+                padding[side] = (low - start * step, high - (length - limit) * step)
+        yield part, inputs, tuple(padding)
 
 
 def _channels(x: jax.Array | QArray, dim: int, start: int, limit: int) -> jax.Array | QArray:

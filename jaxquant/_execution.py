@@ -168,7 +168,7 @@ def _shards(value: Weight, spec: Any, mesh: Any) -> tuple[Weight, Any, Callable]
 def _product(run: Execution, frame: Frame, eqn: core.JaxprEqn, values: list) -> Sequence[Value] | str:
     lhs, rhs = values
     if run.is_special(lhs) and run.is_special(rhs):
-        return "two quantized weights meet"
+        lhs = run.lower(lhs, eqn, frame, "two quantized weights meet")
     weight, x = (lhs, rhs) if run.is_special(lhs) else (rhs, lhs)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return f"it meets {x.dtype}"
@@ -356,6 +356,22 @@ def _slice(q: QArray, eqn: core.JaxprEqn, _: list) -> QArray:
     return q
 
 
+def _dynamic_slice(run: Execution, frame: Frame, eqn: core.JaxprEqn, values: list) -> Sequence[Value] | str:
+    """One row of a matrix is a lookup; any other part of a weight is a view."""
+    value, *starts = values
+    sizes = eqn.params["slice_sizes"]
+    if isinstance(value, Weight) and value.array.ndim == 2 and sizes.count(1) == 1:
+        dim = sizes.index(1)
+        if value.array.shape[dim] > 1 and sizes[1 - dim] == value.array.shape[1 - dim]:
+            row = _ops.take_rows(value.array, jnp.asarray(starts[dim])[None], dim, "clip")
+            run.record(frame, eqn, value.path, "xla")
+            return [row]
+    return _cut(run, frame, eqn, values)
+
+
+_cut = _view(lambda q, eqn, starts: _views.dynamic_slice(q, starts, eqn.params["slice_sizes"]))
+
+
 def _split(q: QArray, eqn: core.JaxprEqn, _: list) -> list[QArray]:
     parts, start = [], 0
     for size in map(int, eqn.params["sizes"]):
@@ -409,7 +425,7 @@ Execution.rules = {
         lambda q, eqn, _: _views.broadcast_in_dim(q, eqn.params["shape"], eqn.params["broadcast_dimensions"])
     ),
     "slice": _view(_slice),
-    "dynamic_slice": _view(lambda q, eqn, starts: _views.dynamic_slice(q, starts, eqn.params["slice_sizes"])),
+    "dynamic_slice": _dynamic_slice,
     "split": _view(_split),
     "pvary": _view(_vary),
     "sharding_constraint": _view(_constrain),

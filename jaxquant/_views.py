@@ -240,6 +240,8 @@ def concatenate(parts: Sequence[QArray], dim: int) -> QArray:
         grids = [getattr(p, name) for p in parts]
         if grids[0] is None:
             return None
+        if len({grid.dtype for grid in grids}) > 1:
+            grids = [grid.astype(jnp.float32) for grid in grids]
         for d in range(head.ndim):
             if d != dim:
                 cells = math.lcm(*(grid.shape[d] for grid in grids))
