@@ -44,7 +44,9 @@ def _absorb(interpreter: "Interpreter", frame: "Frame", emitted: dict) -> None:
 def _arrays(values: Sequence, atoms: Sequence, interpreter: "Interpreter") -> list:
     """Loop carries as arrays of the dtype their variables have: a literal is a Python or NumPy scalar."""
     return [
-        value if interpreter.is_special(value) else jnp.asarray(value, atom.aval.dtype)
+        value
+        if interpreter.is_special(value)
+        else jnp.asarray(value, atom.aval.dtype)
         if not isinstance(value, jax.Array)
         else value
         for value, atom in zip(values, atoms, strict=True)
@@ -54,8 +56,7 @@ def _arrays(values: Sequence, atoms: Sequence, interpreter: "Interpreter") -> li
 def _same_form(a: Any, b: Any) -> bool:
     """Whether two values are pytrees of equal structure, shapes and dtypes."""
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        (x.shape, x.dtype) == (y.shape, y.dtype)
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        (x.shape, x.dtype) == (y.shape, y.dtype) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
@@ -139,7 +140,9 @@ def _while(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, value
 
 def _refuse_emitted(emitted: dict, where: str) -> None:
     if emitted:
-        raise NotImplementedError(f"statistics of {', '.join(emitted)} would have to leave a {where}, which returns none")
+        raise NotImplementedError(
+            f"statistics of {', '.join(emitted)} would have to leave a {where}, which returns none"
+        )
 
 
 def _cond(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, values: list) -> list:
@@ -200,7 +203,8 @@ def _shard_map(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, v
 
 CONTROL = {
     **dict.fromkeys(
-        ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"), _inline
+        ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+        _inline,
     ),
     **dict.fromkeys(("remat", "remat2", "checkpoint"), _checkpoint),
     "scan": _scan,

@@ -106,7 +106,11 @@ def _one_cell(x: jax.Array | QArray, w: QArray, params: dict) -> jax.Array:
     spec = params["dimension_numbers"]
     x_values, x_zero, w_values, w_zero, accumulator = meet(x, w)
     if w_zero is not None:  # eight unsigned bits: subtracting before the product costs a wider dtype, and is exact
-        w_values, x_values, accumulator = w_values.astype(jnp.float32) - w_zero, x_values.astype(jnp.float32), jnp.float32
+        w_values, x_values, accumulator = (
+            w_values.astype(jnp.float32) - w_zero,
+            x_values.astype(jnp.float32),
+            jnp.float32,
+        )
 
     def convolve(values: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(

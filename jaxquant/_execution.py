@@ -179,7 +179,9 @@ def _product(run: Execution, frame: Frame, eqn: core.JaxprEqn, values: list) -> 
         return why
     run.record(frame, eqn, weight.path, "xla")
     pair = (q, rhs) if run.is_special(lhs) else (lhs, q)
-    result = _ops.dot_general(*pair, numbers, jnp.float32 if isinstance(weight, Shifted) else dtype, shared=frame.region.shared)
+    result = _ops.dot_general(
+        *pair, numbers, jnp.float32 if isinstance(weight, Shifted) else dtype, shared=frame.region.shared
+    )
     if isinstance(weight, Shifted):
         result = (result + _delta_product(weight, x, numbers, run.is_special(lhs))).astype(dtype)
     return [result]

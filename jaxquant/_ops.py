@@ -156,7 +156,9 @@ def ragged_dot(
     (5, 16)
     """
     if rhs.ndim != 3 or lhs.ndim != 2:
-        raise NotImplementedError(f"ragged_dot: lhs [M, K] and rhs [E, K, N] are accepted, got {lhs.shape}, {rhs.shape}")
+        raise NotImplementedError(
+            f"ragged_dot: lhs [M, K] and rhs [E, K, N] are accepted, got {lhs.shape}, {rhs.shape}"
+        )
     return ragged_product(lhs, rhs, group_sizes, preferred_element_type or lhs.dtype)
 
 
@@ -167,4 +169,3 @@ def why_dense(q: QArray, lhs_is_weight: bool, dimension_numbers: DimensionNumber
     if lhs_is_weight:
         dims = Dims(dims.w_contract, dims.x_contract, dims.w_batch, dims.x_batch)
     return refusal(q, dims)
-

@@ -296,7 +296,9 @@ def _cell_sums(side: _Side, counts: list[int]) -> jax.Array:
     """The integer values summed over each cell: [*batch, *cells, *free]."""
     values, inner, cells, batch = _split(side, counts)
     free = tuple(d for d in range(values.ndim) if d not in inner + cells + batch)
-    return jnp.sum(jnp.transpose(values, (*batch, *cells, *free, *inner)).astype(jnp.int32), tuple(range(-len(inner), 0)))
+    return jnp.sum(
+        jnp.transpose(values, (*batch, *cells, *free, *inner)).astype(jnp.int32), tuple(range(-len(inner), 0))
+    )
 
 
 def _correct_zero_points(partial: jax.Array, a: _Side, b: _Side, counts: list[int], left, right) -> jax.Array:

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jaxquant._arguments import Form, split_arguments
 from jaxquant._execution import Execution, OnDense, Use, Weight, dense
 from jaxquant._qarray import QArray
 from jaxquant._rules import assign
 from jaxquant._spec import QuantConfig
-from jaxquant._tree import is_quantized, named_leaves, path_name
+from jaxquant._tree import is_quantized, named_leaves
 
 
 def quantized(fn: Callable[..., Any], on_dense: OnDense = "record") -> Callable[..., Any]:
@@ -47,53 +47,20 @@ def quantized(fn: Callable[..., Any], on_dense: OnDense = "record") -> Callable[
         raise ValueError(f"quantized: on_dense={on_dense!r}; accepted: 'record', 'error'")
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run(form: "_Form", arrays: list) -> Any:
+    def run(form: Form, arrays: list) -> Any:
         return _execute(fn, form, arrays, on_dense)[0]
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return run(*_split_arguments(args, kwargs))
+        return run(*split_arguments(args, kwargs))
 
     return wrapped
 
 
-_ARRAYS = (QArray, jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Form:
-    """What is static in a call: the tree of arguments, its leaves that are no arrays, and the path of each leaf."""
-
-    tree: Any
-    static: tuple[tuple[int, Any], ...]
-    paths: tuple[str, ...]
-
-    def arguments(self, arrays: Sequence[Any]) -> tuple[tuple, dict]:
-        """Puts arrays back between the static leaves."""
-        held, rest = dict(self.static), iter(arrays)
-        return jax.tree.unflatten(
-            self.tree, [held[i] if i in held else next(rest) for i in range(self.tree.num_leaves)]
-        )
-
-
-def _split_arguments(args: tuple, kwargs: dict) -> tuple[_Form, list]:
-    entries, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_quantized)
-    dynamic = [isinstance(leaf, _ARRAYS) for _, leaf in entries]
-    static = tuple((i, leaf) for i, ((_, leaf), flag) in enumerate(zip(entries, dynamic, strict=True)) if not flag)
-    arrays = [leaf for (_, leaf), flag in zip(entries, dynamic, strict=True) if flag]
-    paths = tuple(path_name(path[2:]) for (path, _), flag in zip(entries, dynamic, strict=True) if flag)
-    return _Form(tree, static, paths), arrays
-
-
-def _execute(fn: Callable[..., Any], form: _Form, arrays: list, on_dense: OnDense) -> tuple[Any, dict[tuple, Use]]:
+def _execute(fn: Callable[..., Any], form: Form, arrays: list, on_dense: OnDense) -> tuple[Any, dict[tuple, Use]]:
     """Traces the float model and evaluates it: its result, and what became of each weight."""
-
-    def model(*arrays: Any) -> Any:
-        args, kwargs = form.arguments(arrays)
-        return fn(*args, **kwargs)
-
     placeholders = [jax.ShapeDtypeStruct(a.shape, a.dtype) if isinstance(a, QArray) else a for a in arrays]
-    jaxpr, shapes = jax.make_jaxpr(model, return_shape=True)(*placeholders)
+    jaxpr, shapes = jax.make_jaxpr(lambda *arrays: form.call(fn, arrays), return_shape=True)(*placeholders)
     values = [Weight(a, path) if isinstance(a, QArray) else a for a, path in zip(arrays, form.paths, strict=True)]
     execution = Execution(on_dense)
     outs, _ = execution.run(jaxpr, values)
@@ -152,7 +119,9 @@ class Explanation:
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def explain(fn: Callable[..., Any], *args: Any, config: QuantConfig | None = None, **kwargs: Any) -> Explanation:
@@ -179,9 +148,9 @@ def explain(fn: Callable[..., Any], *args: Any, config: QuantConfig | None = Non
     kernel     int4    4.12  128x16  dot_general  xla             1
     <BLANKLINE>
     left in float  array        why
-    bias           float32[16]  1 dimensions: vectors stay in float
+    bias           float32[16]  a vector stays in float
     """
-    form, arrays = _split_arguments(args, kwargs)
+    form, arrays = split_arguments(args, kwargs)
     uses: dict[tuple, Use] = {}
 
     def trace(arrays: list) -> Any:
@@ -213,5 +182,7 @@ def _left_in_float(args: tuple, kwargs: dict, config: QuantConfig | None) -> lis
             if not is_quantized(leaf):
                 name = f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
                 chosen = reasons[path]
-                left.append((path, name, chosen.reason if chosen.spec is None else "quantize has not been applied to it"))
+                left.append(
+                    (path, name, chosen.reason if chosen.spec is None else "quantize has not been applied to it")
+                )
     return left

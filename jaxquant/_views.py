@@ -276,7 +276,7 @@ def reshape(q: QArray, shape: Sequence[int]) -> QArray:
     shape = tuple(shape)
     if 0 in shape or not shape:
         raise Unrepresentable("it reshapes to an empty or scalar shape")
-    groups = _common_factors(q.shape, shape)
+    groups = common_factors(q.shape, shape)
     packed = packed_dim(q)
     old, new = next(pair for pair in groups if packed in pair[0])
     moved = [q.shape[d] for d in old if q.shape[d] > 1] != [shape[d] for d in new if shape[d] > 1]
@@ -290,8 +290,13 @@ def reshape(q: QArray, shape: Sequence[int]) -> QArray:
         raise Unrepresentable("it drops the packed axis")
     if not moved and q.shape[packed] > 1:
         home = [d for d in new if shape[d] > 1][[d for d in old if q.shape[d] > 1].index(packed)]
-    contracting = {d for before, after in groups if any(q.shape[o] > 1 and o - q.ndim in q.axis for o in before)
-                   for d in after if shape[d] > 1}
+    contracting = {
+        d
+        for before, after in groups
+        if any(q.shape[o] > 1 and o - q.ndim in q.axis for o in before)
+        for d in after
+        if shape[d] > 1
+    }
     if not moved and len(old) > 1:  # sizes survive one for one, and so do their roles
         before, after = [d for d in old if q.shape[d] > 1], [d for d in new if shape[d] > 1]
         contracting -= {n for o, n in zip(before, after, strict=True) if o - q.ndim not in q.axis}
@@ -309,10 +314,10 @@ def _stays_packed(q: QArray, old: list[int], new: list[int], shape: tuple[int, .
     return last_old == packed_dim(q) and last_new is not None and q.padded % 8 == 0 and shape[last_new] % 8 == 0
 
 
-def _common_factors(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def common_factors(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Splits a reshape into the least runs of dimensions of equal size on both sides.
 
-    >>> _common_factors((6, 8), (2, 3, 8))
+    >>> common_factors((6, 8), (2, 3, 8))
     [([0], [0, 1]), ([1], [2])]
     """
     groups, i, j = [], 0, 0

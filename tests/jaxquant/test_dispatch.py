@@ -36,7 +36,9 @@ def bound(want, depth, dtype=jnp.float32):
     Each product of K <= 4 D terms is off by at most eps sqrt(K) of its size (random signs), the result and its casts by a
     few eps more; layers here have gain of about one, so `depth` products add up. 8 covers the ratio of largest to typical.
     """
-    return 8 * depth * float(jnp.finfo(dtype).eps) * math.sqrt(4 * D) * float(jnp.max(jnp.abs(want.astype(jnp.float32))))
+    return (
+        8 * depth * float(jnp.finfo(dtype).eps) * math.sqrt(4 * D) * float(jnp.max(jnp.abs(want.astype(jnp.float32))))
+    )
 
 
 def check(fn, params, *args, products, config=None, depth=4, dtype=jnp.float32):
@@ -79,9 +81,7 @@ class Block(nn.Module):
 
 
 def scanned_block(policy=None):
-    return nn.scan(
-        nn.remat(Block, policy=policy), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-    )()
+    return nn.scan(nn.remat(Block, policy=policy), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
 
 
 @pytest.mark.parametrize("wrap", ["none", "remat", "jit"])
@@ -395,7 +395,9 @@ def test_shard_map():
         def local(w, x):
             return x @ w
 
-        return jax.shard_map(local, mesh=mesh, in_specs=(spec(None, "model"), spec()), out_specs=spec(None, "model"))(w, x)
+        return jax.shard_map(local, mesh=mesh, in_specs=(spec(None, "model"), spec()), out_specs=spec(None, "model"))(
+            w, x
+        )
 
     check(sharded, uniform(D, D), uniform(LENGTH, D), products=1)
 
