@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant._numerics import all_finite
 from jaxquant._qarray import QArray, dequantize_array, quantize_array
 from jaxquant._rules import Assignment, assign
 from jaxquant._spec import QuantConfig, QuantSpec
@@ -50,18 +51,27 @@ def _check_fits(path: str, leaf: Any, chosen: Assignment) -> None:
     if chosen.spec is None:
         return
     if 0 in leaf.shape:
-        raise ValueError(f"{path}: shape {tuple(leaf.shape)} has an axis of zero size; leave it with Rule({path!r}, None)")
+        raise ValueError(
+            f"{path}: shape {tuple(leaf.shape)} has an axis of zero size; leave it with Rule({path!r}, None)"
+        )
     if len(leaf.shape) < -chosen.axis[0]:
-        raise ValueError(f"{path}: axis {chosen.axis} does not exist in shape {tuple(leaf.shape)}; give Rule(..., axis=)")
+        raise ValueError(
+            f"{path}: axis {chosen.axis} does not exist in shape {tuple(leaf.shape)}; give Rule(..., axis=)"
+        )
     try:
-        jax.eval_shape(lambda w: quantize_array(w, chosen.spec, chosen.axis), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        jax.eval_shape(lambda w: quantize_array(w, chosen.spec, chosen.axis), _abstract(leaf))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; or leave it with Rule({path!r}, None)") from error
 
 
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype a leaf has on the device: float64 is float32 there, unless 64-bit mode is on."""
+    return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "axis"))
 def _quantize_checked(w: jax.Array, spec: QuantSpec, axis: tuple[int, ...]) -> tuple[QArray, jax.Array]:
-    return quantize_array(w, spec, axis), jnp.isfinite(w).all()
+    return quantize_array(w, spec, axis), all_finite(w)
 
 
 def _round_to_nearest(path: str, leaf: Any, spec: QuantSpec, axis: tuple[int, ...]) -> QArray:
@@ -75,8 +85,10 @@ def not_finite(path: str, leaf: Any) -> ValueError:
     """The error for a weight that holds NaN or Inf: says how many and where the first is."""
     bad = ~jnp.isfinite(jnp.asarray(leaf))
     first = tuple(int(i) for i in jnp.unravel_index(jnp.argmax(bad), bad.shape))
-    return ValueError(f"{path}: {int(bad.sum())} of {bad.size} values are NaN or Inf, the first at index {first}; finite weights"
-                      f" are accepted: repair the checkpoint, or leave it with Rule({path!r}, None)")
+    return ValueError(
+        f"{path}: {int(bad.sum())} of {bad.size} values are NaN or Inf, the first at index {first}; finite weights"
+        f" are accepted: repair the checkpoint, or leave it with Rule({path!r}, None)"
+    )
 
 
 def dequantize(qparams: Any) -> Any:
@@ -93,4 +105,6 @@ def dequantize(qparams: Any) -> Any:
     dtype('float32')
     """
     dequantize_jit = jax.jit(dequantize_array)
-    return jax.tree.map(lambda leaf: dequantize_jit(leaf) if is_quantized(leaf) else leaf, qparams, is_leaf=is_quantized)
+    return jax.tree.map(
+        lambda leaf: dequantize_jit(leaf) if is_quantized(leaf) else leaf, qparams, is_leaf=is_quantized
+    )

@@ -1,0 +1,46 @@
+"""The tables of README.md, made from committed results: `python -m experiments.tables` rewrites them in place."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
+
+
+def quickstart_table() -> str:
+    """What `make quickstart` measured, as Markdown."""
+    rows = json.loads((RESULTS / "quickstart.json").read_text(encoding="utf-8"))["rows"]
+    lines = ["| recipe | bits a weight | MB in memory | MB on disk | perplexity | KL to float |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        sizes = f"{row['bits']:.3f} | {row['bytes'] / 1e6:.2f} | {row['disk_bytes'] / 1e6:.2f}"
+        lines.append(f"| {row['recipe']} | {sizes} | {row['ppl']:.3f} | {row['kl']:.1e} |")
+    return "\n".join(lines)
+
+
+TABLES = {"quickstart": quickstart_table}
+
+
+def with_tables(text: str) -> str:
+    """Returns Markdown with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew.
+
+    Args:
+        text: the Markdown.
+
+    Raises:
+        KeyError: a marker names no table.
+    """
+    pattern = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def main() -> None:
+    """Rewrites README.md."""
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
