@@ -1,0 +1,195 @@
+"""Outlier channels, compensation of input errors, learned rounding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxquant._outliers import OutlierArray, dequantize_outliers, split_activation
+from jaxquant._qarray import codes_of, dequantize_array, quantize_array
+from jaxquant._spec import PRESETS, PerGroup, QuantSpec, TensorSpec
+from jaxquant._statistics import init_statistics, update_statistics
+from jaxquant.algorithms._apply import quantize_weight
+from jaxquant.algorithms._transform import WeightState, chain
+from jaxquant.algorithms.compensation import compensate
+from jaxquant.algorithms.gptq import gptq
+from jaxquant.algorithms.learned_rounding import initial, learned_rounding, soft_weight, start_from, train
+from jaxquant.algorithms.llm_int8 import llm_int8, salient
+from jaxquant.algorithms.rtn import apply_rtn, rtn
+
+W4 = QuantSpec(TensorSpec("int4", PerGroup(16)))
+W8 = PRESETS["w8a8"]
+
+
+def problem(seed, channels=64, outputs=12, tokens=256):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((tokens, channels)) @ (np.eye(channels) + 0.3 * rng.standard_normal((channels, channels)))
+    return (0.5 * x).astype(np.float32), (rng.standard_normal((channels, outputs)) * 0.05).astype(np.float32)
+
+
+@jax.jit
+def gather(x):
+    return update_statistics(init_statistics({"hessian", "absmax", "mean_abs"}, x.shape[-1]), x)
+
+
+def test_llm_int8_keeps_channels_above_the_threshold():
+    x, w = problem(0)
+    x[5, 7], x[9, 50] = 30, -40
+    q, report = quantize_weight(jnp.asarray(w), W8, llm_int8(capacity=0.05), gather(x))
+    assert isinstance(q, OutlierArray)
+    assert q.index.shape == (4, 1)
+    above = np.flatnonzero(np.abs(x).max(0) > 6)
+    assert set(above) == {7, 50}
+    assert set(np.asarray(q.index).ravel()) == {7, 50, 64}
+    assert report["outliers"] == 2
+    assert report["outliers_left"] == 0
+    dense = np.asarray(dequantize_outliers(q))
+    np.testing.assert_array_equal(dense[[7, 50]], w[[7, 50]])
+    assert not np.any(codes_of(q.base)[jnp.asarray([7, 50])])
+    base, outliers = split_activation(jnp.asarray(x), q.index.ravel())
+    product = base @ dequantize_array(q.base) + outliers @ q.rows
+    np.testing.assert_allclose(product, x @ dense, atol=64 * 1.2e-7 * np.abs(x).max() * np.abs(w).max() * 64)
+
+
+def test_llm_int8_reports_outliers_that_do_not_fit():
+    x, w = problem(1)
+    x[0, :10] = 100
+    _, report = quantize_weight(jnp.asarray(w), W8, llm_int8(capacity=0.05), gather(x))
+    assert (report["outliers"], report["outliers_left"]) == (4, 6)
+
+
+def test_salient_channels_and_gptq():
+    x, w = problem(2)
+    x[:, 20] *= 100
+    q, report = quantize_weight(jnp.asarray(w), W4, chain(salient(fraction=0.01), gptq()), gather(x))
+    assert q.index.item() == 20
+    bare = quantize_weight(jnp.asarray(w), W4, gptq(), gather(x))[1]
+    assert report["error"] < bare["error"]
+    assert report["dead"] == 1
+
+
+def test_outliers_of_a_stack_with_heads():
+    x, w = problem(3)
+    x[:, 33] *= 50
+    stats = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), gather(x))
+    stack = jnp.asarray(np.stack([w, 2 * w])).reshape(2, 4, 16, 12)
+    q, _ = quantize_weight(stack, W4, salient(), stats, axis=(-3, -2), batch_dims=1)
+    assert q.rows.shape == (2, 1, 1, 12)
+    assert q.index.shape == (2, 1, 1, 1)
+    np.testing.assert_array_equal(dequantize_outliers(q).reshape(2, 64, 12)[:, 33], np.stack([w[33], 2 * w[33]]))
+    assert q.nbytes == q.base.nbytes + 2 * 12 * 4 + 2 * 4
+    assert q.shape == (2, 4, 16, 12)
+
+
+def test_one_outlier_container_a_chain():
+    x, w = problem(4)
+    with pytest.raises(ValueError, match="only one of"):
+        quantize_weight(jnp.asarray(w), W8, chain(salient(), llm_int8()), gather(x))
+
+
+def cross_statistics(x, x_float, residual=None):
+    needs = {"hessian", "cross"} | (set() if residual is None else {"residual"})
+    empty = init_statistics(needs, x.shape[1], 0 if residual is None else residual.shape[1])
+    extra = {} if residual is None else {"residual": jnp.asarray(residual)}
+    return update_statistics(empty, jnp.asarray(x), x_float=jnp.asarray(x_float), **extra)
+
+
+def test_full_compensation_is_least_squares():
+    """At strength 1 the weight is the ridge regression of the float outputs on the quantized inputs."""
+    x_float, w = problem(5)
+    rng = np.random.default_rng(6)
+    x = (x_float + 0.3 * rng.standard_normal(x_float.shape)).astype(np.float32)
+    residual = rng.standard_normal((256, 12)).astype(np.float32) * 0.1
+    stats = cross_statistics(x, x_float, residual)
+    state = compensate(strength=1.0, residual=1.0, damping=1e-3).apply(WeightState(jnp.asarray(w), stats), W4)
+    wide = x.astype(np.float64)
+    hessian = wide.T @ wide
+    target = x_float.astype(np.float64) @ w - wide @ w + residual
+    expected = w + np.linalg.solve(hessian + 1e-3 * np.mean(np.diag(hessian)) * np.eye(64), wide.T @ target)
+    # H is conditioned to about 1e3 by its damping: float32 solves lose three of seven digits
+    np.testing.assert_allclose(state.weight, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_compensation_lowers_the_error_against_float_outputs():
+    x_float, w = problem(7)
+    x = (x_float + 0.3 * np.random.default_rng(8).standard_normal(x_float.shape)).astype(np.float32)
+    stats = cross_statistics(x, x_float)
+
+    def error(transform):
+        q, _ = quantize_weight(jnp.asarray(w), W4, transform, stats)
+        return np.sum((x @ np.asarray(dequantize_array(q)) - x_float @ w) ** 2)
+
+    assert error(chain(compensate(strength=1.0), gptq())) < error(chain(compensate(), gptq())) < error(gptq())
+
+
+def test_equal_inputs_need_no_compensation():
+    x, w = problem(9)
+    state = compensate().apply(WeightState(jnp.asarray(w), cross_statistics(x, x)), W4)
+    np.testing.assert_array_equal(state.weight, w)
+
+
+@pytest.mark.parametrize(("qtype", "optimizer"), [("int3", "sign"), ("uint4", "adam")])
+def test_learned_rounding_lowers_the_error(qtype, optimizer):
+    x, w = problem(10)
+    spec = QuantSpec(TensorSpec(qtype, PerGroup(16), range="mse", scale_dtype="bfloat16"))
+    transform = learned_rounding(steps=100, optimizer=optimizer)
+    q, report = quantize_weight(jnp.asarray(w), spec, transform, gather(x))
+    assert report["error"] < 0.9 * report["error_rtn"]
+    assert q.scale.dtype == jnp.bfloat16
+
+
+def test_learned_rounding_never_loses_to_its_start():
+    x, w = problem(11)
+    start = quantize_weight(jnp.asarray(w), W4, gptq(), gather(x))[1]["error"]
+    trained = quantize_weight(jnp.asarray(w), W4, chain(gptq(), learned_rounding(steps=20)), gather(x))[1]["error"]
+    assert trained <= start * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("qtype", ["int4", "uint3"])
+def test_untrained_rounding_is_the_start(qtype):
+    _, w = problem(12)
+    spec = QuantSpec(TensorSpec(qtype, PerGroup(16)))
+    state = apply_rtn(WeightState(jnp.asarray(w), init_statistics((), 64)), spec)
+    start = start_from(state, spec.weight)
+    np.testing.assert_allclose(
+        soft_weight(initial(start), start), dequantize_array(quantize_array(jnp.asarray(w), spec)), rtol=1e-6
+    )
+
+
+def test_rounding_trains_on_any_objective():
+    """A nonlinear function of the layer's output, as a block's, goes down."""
+    x, w = problem(13)
+    state = apply_rtn(WeightState(jnp.asarray(w), gather(x)), W4)
+    start = start_from(state, W4.weight)
+    target = jnp.tanh(jnp.asarray(x @ w))
+
+    def loss(rounding):
+        return jnp.mean(jnp.square(jnp.tanh(jnp.asarray(x) @ soft_weight(rounding, start)) - target))
+
+    trained = jax.jit(lambda r: train(loss, r, 60, optax.sign_sgd(optax.linear_schedule(0.01, 0, 60))))(initial(start))
+    assert loss(trained) < 0.9 * loss(initial(start))
+
+
+def test_refusals():
+    x, w = problem(14)
+    with pytest.raises(ValueError, match="integer codes, got 'nf4'"):
+        quantize_weight(jnp.asarray(w), QuantSpec(TensorSpec("nf4", PerGroup(16))), learned_rounding(), gather(x))
+    with pytest.raises(ValueError, match=r"strength must lie in \[0, 1\], got 2"):
+        compensate(strength=2)
+    with pytest.raises(ValueError, match="capacity must lie"):
+        llm_int8(capacity=0)
+    with pytest.raises(ValueError, match="accepted: 'sign', 'adam'"):
+        learned_rounding(optimizer="sgd")
+
+
+def test_rtn_is_quantize_array():
+    _, w = problem(15)
+    spec = dataclasses.replace(W4, weight=dataclasses.replace(W4.weight, range="mse"))
+    q, _ = quantize_weight(jnp.asarray(w), spec, rtn())
+    nearest = quantize_array(jnp.asarray(w), spec)
+    assert jax.tree.structure(q) == jax.tree.structure(nearest)
+    for ours, theirs in zip(jax.tree.leaves(q), jax.tree.leaves(nearest), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

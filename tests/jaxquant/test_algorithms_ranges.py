@@ -1,0 +1,161 @@
+"""Static activation ranges, each against its definition in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant._spec import PerGroup, PerTensor, PerToken, QuantSpec, TensorSpec
+from jaxquant._statistics import BINS, init_statistics, update_statistics
+from jaxquant.algorithms._apply import needed_statistics, quantize_weight
+from jaxquant.algorithms.ranges import activation_scale, fake_quantize_activation, kl_threshold
+from jaxquant.algorithms.smoothquant import smoothquant
+
+EPS = float(jnp.finfo(jnp.float32).eps)
+NEEDS = {"range", "moving_average", "histogram", "samples"}
+update = jax.jit(update_statistics)
+choose = jax.jit(activation_scale, static_argnames="spec")
+
+
+def heavy_tailed(seed, tokens=400, channels=8):
+    return np.random.default_rng(seed).standard_t(4, (tokens, channels)).astype(np.float32)
+
+
+def gather(x):
+    return update(init_statistics(NEEDS, x.shape[1]), jnp.asarray(x))
+
+
+def spec_of(method, qtype="int8", **kwargs):
+    return TensorSpec(qtype, PerTensor(), range=method, grid="restricted", static=True, **kwargs)
+
+
+def centres_and_counts(x):
+    """The histogram that every method but minmax works on."""
+    exponent = np.frexp(np.abs(x).max())[1]
+    edges = np.linspace(-1, 1, BINS + 1) * 2.0**exponent
+    return (edges[1:] + edges[:-1]) / 2, np.histogram(x, edges)[0], 2.0**exponent
+
+
+def round_to(values, scale):
+    return np.clip(np.round(values / scale), -128, 127) * scale
+
+
+def test_minmax():
+    x = heavy_tailed(0)
+    scale, zero_point = choose(gather(x), spec_of("minmax"))
+    assert zero_point is None
+    assert scale == pytest.approx(np.abs(x).max() / 127, rel=2 * EPS)
+    scale, zero_point = choose(gather(np.abs(x) + 1), TensorSpec("uint8", PerTensor(), static=True))
+    assert zero_point == 0  # the range includes zero
+    assert scale == pytest.approx((np.abs(x).max() + 1) / 255, rel=2 * EPS)
+
+
+def test_moving_average_ignores_one_wild_batch():
+    quiet, wild = heavy_tailed(1), heavy_tailed(2) * 100
+    stats = update(gather(quiet), jnp.asarray(wild))
+    expected = max(abs(0.9 * f(quiet) + 0.1 * f(wild)) for f in (np.min, np.max)) / 127
+    assert choose(stats, spec_of("moving_average"))[0] == pytest.approx(expected, rel=8 * EPS)
+
+
+def test_percentile():
+    x = heavy_tailed(3)
+    scale, _ = choose(gather(x), spec_of("percentile", percentile=99.0))
+    _, _, top = centres_and_counts(x)
+    threshold = np.quantile(np.abs(x), 0.99, method="inverted_cdf")
+    assert 0 <= scale * 127 - threshold <= top / (BINS // 2)  # the end of the bin that holds the quantile
+
+
+def test_kl_equals_tensorrts_search():
+    x = heavy_tailed(4)
+    _, counts, top = centres_and_counts(x)
+    folded = counts[BINS // 2 :] + counts[: BINS // 2][::-1]
+    losses = {}
+    for i in range(128, BINS // 2 + 1):
+        p = folded[:i].astype(float)
+        p[-1] += folded[i:].sum()
+        q = np.zeros(i)
+        level = np.arange(i) * 128 // i
+        for k in range(128):
+            own = (level == k) & (folded[:i] > 0)
+            if own.any():
+                q[own] = folded[:i][level == k].sum() / own.sum()
+        p, q = p / p.sum(), q / max(q.sum(), 1)
+        seen = p > 0
+        losses[i] = np.sum(p[seen] * (np.log(p[seen]) - np.log(np.maximum(q[seen], 1e-9))))
+    found = kl_threshold(jnp.asarray(counts, jnp.float32), jnp.asarray(int(np.log2(top)), jnp.int32), 128)
+    place = round(float(found) / top * (BINS // 2))
+    assert losses[place] <= min(losses.values()) + 1e-5  # sums of 2048 float32 terms of a divergence below 1
+    assert choose(gather(x), spec_of("kl"))[0] * 127 == pytest.approx(min(float(found), np.abs(x).max()), rel=4 * EPS)
+
+
+@pytest.mark.parametrize("method", ["mse", "cosine"])
+def test_searched_factor_is_the_best_of_a_hundred(method):
+    x = heavy_tailed(5)
+    values, counts, _ = centres_and_counts(x)
+
+    def loss(scale):
+        rounded = round_to(values, scale)
+        if method == "mse":
+            return np.sum(counts * (rounded - values) ** 2) / np.sum(counts * values**2)
+        norms = np.sqrt(np.sum(counts * values**2) * np.sum(counts * rounded**2))
+        return 1 - np.sum(counts * values * rounded) / norms
+
+    best = min(loss(np.abs(x).max() * f / 100 / 127) for f in range(1, 101))
+    found = loss(float(choose(gather(x), spec_of(method))[0]))
+    assert found <= best + 1e-5  # float32 sums of 4096 bins
+    assert found < loss(np.abs(x).max() / 127)
+
+
+def test_admm_alternates_to_a_least_squares_scale():
+    x = heavy_tailed(6)
+    values, counts, _ = centres_and_counts(x)
+    scale = np.abs(x).max() / 127
+    for _ in range(30):
+        levels = np.clip(np.round(values / scale), -128, 127)
+        scale = np.sum(counts * values * levels) / np.sum(counts * levels**2)
+    found = float(choose(gather(x), spec_of("admm"))[0])
+    errors = [np.sum(counts * (round_to(values, s) - values) ** 2) for s in (found, scale, np.abs(x).max() / 127)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)  # float32 may stop at a neighbouring fixed point
+    assert errors[0] < errors[2]
+
+
+def test_samples_stand_in_after_a_pre_scale():
+    x = heavy_tailed(7, tokens=200)
+    x[:, 3] *= 50
+    spec = QuantSpec(TensorSpec("int8"), spec_of("mse"))
+    transform = smoothquant(alpha=0.5)
+    assert needed_statistics(transform, spec) == {"absmax", "range", "histogram", "samples"}
+    stats = update(init_statistics(needed_statistics(transform, spec), 8), jnp.asarray(x))
+    w = np.random.default_rng(8).standard_normal((8, 5)).astype(np.float32)
+    q, _ = quantize_weight(jnp.asarray(w), spec, transform, stats)
+    smoothed = np.abs(x * np.asarray(q.pre_scale).T).max()
+    assert q.act_scale.shape == (1, 1)
+    assert 0.2 * smoothed <= q.act_scale.item() * 127 <= smoothed * (1 + 4 * EPS)
+
+
+def test_static_scales_of_a_stack():
+    x = np.stack([heavy_tailed(9), 3 * heavy_tailed(10)])
+    needs = {"range"}
+    stats = jax.tree.map(lambda *a: jnp.stack(a), *[update(init_statistics(needs, 8), jnp.asarray(part)) for part in x])
+    spec = QuantSpec(TensorSpec("int8"), spec_of("absmax"))
+    q, _ = quantize_weight(jnp.ones((2, 8, 4)), spec, None, stats, batch_dims=1)
+    np.testing.assert_allclose(q.act_scale.ravel(), np.abs(x).max((1, 2)) / 127, rtol=2 * EPS)
+
+
+def test_fake_quantized_activation_bounds():
+    x = heavy_tailed(11)
+    for granularity, absmax in (
+        (PerToken(), np.abs(x).max(1, keepdims=True)),
+        (PerTensor(), np.abs(x).max()),
+        (PerGroup(4), np.repeat(np.abs(x).reshape(-1, 2, 4).max(2), 4, axis=1)),
+    ):
+        rounded = fake_quantize_activation(jnp.asarray(x), TensorSpec("int8", granularity))
+        assert np.all(np.abs(rounded - x) <= absmax / 255 * (1 + 1e-4))  # half a step of 2 absmax / 255
+
+
+def test_refusals():
+    stats = gather(heavy_tailed(12))
+    with pytest.raises(ValueError, match=r"takes PerTensor\(\), got PerToken"):
+        activation_scale(stats, TensorSpec("int8", PerToken(), static=True))
+    with pytest.raises(ValueError, match="levels of an integer"):
+        activation_scale(stats, TensorSpec("float8_e4m3fn", PerTensor(), range="kl", static=True))
