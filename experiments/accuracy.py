@@ -120,6 +120,12 @@ def table(rows: list[Row], title: str) -> Table:
     return out
 
 
+def progress_bar(console: Console) -> Progress:
+    """A bar that counts sequences."""
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
 def run(
     folder: pathlib.Path, recipes: dict[str, Recipe], tokens: np.ndarray, calibration: np.ndarray | None
 ) -> list[Row]:

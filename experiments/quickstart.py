@@ -119,9 +119,10 @@ def _draw(lines: list[Line], path: pathlib.Path) -> None:
     from matplotlib import pyplot as plt  # the backend must be chosen before pyplot is imported
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for line in lines:
-        axes.scatter(line.row.bytes / 1e6, line.row.kl, s=45)
-        axes.annotate(line.row.recipe, (line.row.bytes / 1e6, line.row.kl), (6, 4), textcoords="offset points")
+    for place, line in enumerate(lines):
+        at, beside = (line.row.bytes / 1e6, line.row.kl), (6, -12 if place % 2 else 4)  # neighbours' names part
+        axes.scatter(*at, s=45)
+        axes.annotate(line.row.recipe, at, beside, textcoords="offset points")
     axes.set(yscale="log", xlabel="parameters in memory, MB", ylabel="KL(float || quantized), nats a token")
     axes.set_title("Lower and further left is better")
     axes.grid(alpha=0.3, which="both")
