@@ -1,0 +1,183 @@
+"""Configurations of the Hopper 8-bit kernel: what one is, which problems it takes, and the default for each."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from pallas_kernels.int8_matmul.layout import BLOCK
+
+HOPPER_SMS = 132
+SHARED_MEMORY_BYTES = 232448 - 1024  # less barriers and alignment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How one launch of the kernel is cut up.
+
+    Attributes:
+        block_m: tokens a tile.
+        block_n: outputs a tile.
+        block_k: inputs a pipeline stage, a multiple of 128; fp8 sums leave the tensor core after each.
+        num_stages: stages of the ring that the copy engine fills.
+        num_warpgroups: compute warpgroups; they divide the rows of a tile between them, 64 or 128 each.
+        weights_first: outputs, not tokens, are the rows of wgmma (for few tokens).
+        multicast: blocks of a cluster whose tiles share the larger operand, each fetching a part of it for all.
+        split_k: blocks of a cluster that share a tile's inputs; their sums meet in distributed shared memory.
+        snake_width: output tiles of a strip of the traversal order (L2 locality when there are many token tiles).
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int = BLOCK
+    num_stages: int
+    num_warpgroups: int = 2
+    weights_first: bool = False
+    multicast: int = 1
+    split_k: int = 1
+    snake_width: int = 8
+
+    def __post_init__(self):
+        if self.rows % (64 * self.num_warpgroups) or self.columns % 8 or not 8 <= self.columns <= 256:
+            raise ValueError(
+                f"{self}: each warpgroup takes a multiple of 64 rows ({self.rows} in all); columns ({self.columns}) are a multiple "
+                "of 8 up to 256"
+            )
+        if self.block_k % BLOCK or self.num_stages < 2:
+            raise ValueError(f"{self}: block_k is a multiple of {BLOCK}, and num_stages at least 2")
+        if self.multicast > 1 and self.split_k > 1:
+            raise ValueError(f"{self}: a cluster shares an operand or splits the inputs, not both")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile in wgmma's sense."""
+        return self.block_n if self.weights_first else self.block_m
+
+    @property
+    def columns(self) -> int:
+        """Columns of a tile in wgmma's sense."""
+        return self.block_m if self.weights_first else self.block_n
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return self.multicast * self.split_k
+
+    @property
+    def chunks(self) -> int:
+        """Pieces of a tile's columns that different blocks of a cluster add up."""
+        return max(q for q in range(1, self.split_k + 1) if self.columns % (8 * q) == 0)
+
+    def store_columns(self, out_dtype) -> int:
+        """Columns written out at once: 128 bytes of an output row, or half of that where stages need the room."""
+        if self.weights_first:
+            return 64
+        return (64 if self.block_m * self.block_n > BLOCK * BLOCK else 128) // jnp.dtype(out_dtype).itemsize
+
+    def shared_memory_bytes(self, out_dtype) -> int:
+        """Shared memory that a launch takes at most, whatever scales it has."""
+        stage = (self.block_m + self.block_n) * self.block_k + 4 * self.block_m * self.block_k // BLOCK
+        vectors = 2 * 4 * (2 * self.block_m + 3 * self.block_n)
+        chunk = self.columns // self.chunks
+        piece = 64 * min(chunk, self.store_columns(out_dtype)) * jnp.dtype(out_dtype).itemsize
+        partial = (self.split_k - 1) * 64 * chunk * 4
+        return self.num_stages * stage + vectors + self.num_warpgroups * (2 * piece + partial)
+
+
+def num_clusters(size: int, num_sms: int = HOPPER_SMS) -> int:
+    """Clusters of `size` blocks that run at once (some of a Hopper's processor groups hold 18 SMs, two more than fours fit)."""
+    return num_sms // size if size <= 2 else (num_sms - 4) // size
+
+
+def supports(
+    x_dtype, *, blocked: bool, mixed: bool = False, config: Config | None = None, out_dtype=jnp.bfloat16
+) -> str | None:
+    """Say why the Hopper kernel cannot take a problem, or None if it can.
+
+    Args:
+        x_dtype: dtype of both operands' codes.
+        blocked: both scales are blocked, x's by 1 x 128 and the weight's by 128 x 128.
+        mixed: only one of them is.
+        config: a configuration to check with it.
+        out_dtype: of the result.
+    """
+    if jnp.dtype(x_dtype) not in (jnp.int8, jnp.float8_e4m3fn):
+        return f"codes of {jnp.dtype(x_dtype).name}; the kernel takes int8 and float8_e4m3fn"
+    if mixed:
+        return "only one of the scales is blocked; the kernel takes x's 1 x 128 and the weight's 128 x 128 together, or neither"
+    if config is None:
+        return None
+    if config.weights_first and jnp.dtype(out_dtype).itemsize > 2:
+        return "weights_first with a 32-bit result, whose transpose does not store without bank conflicts"
+    if blocked and config.weights_first and config.block_n // config.num_warpgroups > 64:
+        return "blocked scales with more than 64 outputs a warpgroup"
+    if blocked and not config.weights_first and config.block_n != BLOCK:
+        return f"blocked scales with block_n = {config.block_n}; it must be {BLOCK}"
+    used = config.shared_memory_bytes(out_dtype)
+    return f"{used} bytes of shared memory, at most {SHARED_MEMORY_BYTES}" if used > SHARED_MEMORY_BYTES else None
+
+
+def candidates(m: int, k: int, n: int, x_dtype, *, blocked: bool = False, out_dtype=jnp.bfloat16) -> list[Config]:
+    """The configurations worth trying for a problem."""
+    promoted = blocked or jnp.dtype(x_dtype) != jnp.int8
+    cuts: list[dict] = []
+    if m <= 256:
+        block_m = max(8, 1 << (min(m, 128 if promoted else 256) - 1).bit_length())
+        cuts += [
+            {
+                "weights_first": True,
+                "block_m": block_m,
+                "block_n": 64 * count,
+                "block_k": block_k,
+                "num_warpgroups": count,
+                "split_k": split,
+            }
+            for count in ((1, 2, 3, 4) if block_m <= 64 else (2,))
+            for block_k in (128, 256, 512)
+            for split in (1, 2, 4)
+        ]
+    if m > 64 or jnp.dtype(out_dtype).itemsize > 2:
+        tiles = (
+            [(128, 128)] + ([(256, 128)] if not blocked else []) + ([(128, 256), (128, 192)] if not promoted else [])
+        )
+        tiles += [(128, 64)] if not blocked and m <= 1024 else []
+        cuts += [
+            {"block_m": block_m, "block_n": block_n, "multicast": multicast, "snake_width": width}
+            for block_m, block_n in tiles
+            for multicast in (1, 2)
+            for width in (8, 16)
+        ]
+        cuts += [{"block_m": 64, "block_n": 128, "num_warpgroups": 1, "split_k": split} for split in (1, 2, 4)]
+    return [config for cut in cuts if (config := _deepest(cut, k, x_dtype, blocked, out_dtype)) is not None]
+
+
+def _deepest(cut: dict, k: int, x_dtype, blocked: bool, out_dtype) -> Config | None:
+    """A cut with as many stages as fit and as there are steps."""
+    configs = [Config(**cut, num_stages=stages) for stages in range(2, 13)]
+    steps = -(-k // configs[0].block_k) // configs[0].split_k
+    fitting = [c for c in configs if supports(x_dtype, blocked=blocked, config=c, out_dtype=out_dtype) is None]
+    fitting = [c for c in fitting if c.num_stages <= max(2, steps)]
+    return fitting[-1] if fitting and steps else None
+
+
+def default_config(m: int, k: int, n: int, x_dtype, *, blocked: bool = False, out_dtype=jnp.bfloat16) -> Config:
+    """The candidate that the cost model expects to be fastest on a Hopper GPU."""
+    return min(
+        candidates(m, k, n, x_dtype, blocked=blocked, out_dtype=out_dtype),
+        key=lambda c: predicted_microseconds(c, m, k, n),
+    )
+
+
+def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
+    """A coarse model: waves of tiles, each the longest of its bytes from memory, from L2, and its products."""
+    c = config
+    m_tiles, n_tiles = math.ceil(m / c.block_m), math.ceil(n / c.block_n)
+    waves = math.ceil(math.ceil(m_tiles * n_tiles / c.multicast) / num_clusters(c.cluster))
+    inputs = math.ceil(math.ceil(k / c.block_k) / c.split_k) * c.block_k
+    x_bytes, weight_bytes = min(m, c.block_m) * inputs, c.block_n * inputs
+    fetched = x_bytes + weight_bytes - max(x_bytes, weight_bytes) * (1 - 1 / c.multicast)
+    # Per SM and microsecond: 32 kB from memory, 60 kB from the L2 cache, 6.2 million multiply-adds.
+    copy = max(weight_bytes / min(m_tiles, 8) / 32e3, fetched / 60e3)
+    copy *= max(1.0, 40e3 / (c.num_stages * c.block_n * c.block_k))
+    compute = c.block_m * c.block_n * inputs / 6.2e6 * (1.0 if c.block_m * c.block_n > BLOCK * BLOCK else 1.1)
+    return 3.0 + waves * (max(copy, compute) + 0.5 + 0.3 * (c.split_k > 1))

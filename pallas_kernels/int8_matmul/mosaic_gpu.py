@@ -1,0 +1,435 @@
+"""The Hopper 8-bit kernel: both operands stream through shared memory into wgmma, scales wait for the sums.
+
+One kernel serves both regimes; a `Config` says how it is cut, and which side of wgmma the tokens take. With many tokens they fill
+the 64 rows of a wgmma and the outputs its flexible side; with few (`weights_first`) the outputs fill the rows, so that a tile of
+8 tokens wastes nothing, and the product comes out transposed.
+
+- A persistent block walks over tiles. One warp drives the copy engine through a ring of stages that runs on across tiles; the
+  compute warpgroups share nothing but the ring, so that one stores its part of a tile while another multiplies the next.
+- int8 sums stay in the int32 accumulator over all of K. The fp8 tensor core keeps about 14 bits of a sum, so every stage's
+  product is added to a float32 total in registers; block scales multiply it on the way at no cost.
+- Blocks of a cluster either share the larger operand of their tiles (`multicast`: each fetches a part of it for all of them), or
+  the inputs of one tile (`split_k`: partial sums meet in distributed shared memory and are added in a fixed order).
+
+Ragged tiles cost nothing: the copy engine fills reads out of bounds with zeros and drops such writes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.int8_matmul.config import Config, num_clusters
+from pallas_kernels.int8_matmul.layout import BLOCK
+
+TILE = 64
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+# Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at launch
+# (168, 128, 96) pays exactly for what the others take, in steps of 8.
+_COMPUTE_REGISTERS = {2: 232, 3: 152, 4: 112}
+_COPY_REGISTERS = {2: 40, 3: 40, 4: 24}
+
+
+def int8_matmul_mosaic_gpu(x, weight, x_scale, w_scale, x_zero_point, weight_sum, bias, *, out_dtype, config: Config):
+    """Launch the kernel.
+
+    Args:
+        x: codes [M, K], K a multiple of 128.
+        weight: codes [N, K], N a multiple of 128.
+        x_scale: float32 [M], [1], or [K / 128, M].
+        w_scale: [N], [1], or [K / 128, N / 128] with such an x_scale.
+        x_zero_point: int32 [M], or None.
+        weight_sum: int32 [N], or None; goes with x_zero_point.
+        bias: [N], or None.
+        out_dtype: of the result.
+        config: how to cut the problem.
+
+    Returns:
+        [M, N].
+    """
+    tokens = x.shape[0]
+    if tokens > 8:  # The copy engine addresses x in tiles of 8 rows.
+        x = jnp.pad(x, ((0, -tokens % 8), (0, 0)))
+    if x_scale.ndim == 2:  # Its rows must be 16 bytes apart.
+        x_scale = jnp.pad(x_scale, ((0, 0), (0, -tokens % 4)))
+    vectors = {
+        "x_scale": x_scale,
+        "w_scale": w_scale,
+        "x_zero_point": x_zero_point,
+        "weight_sum": weight_sum,
+        "bias": bias,
+    }
+    vectors = {name: value for name, value in vectors.items() if value is not None}
+    plan = _Plan(x, weight, vectors, jnp.dtype(out_dtype), config)
+    kernel = plgpu.kernel(
+        lambda *refs: _body(plan, refs[0], refs[1], dict(zip(vectors, refs[2:-1], strict=True)), refs[-1]),
+        out_type=jax.ShapeDtypeStruct((plan.m, plan.n), plan.out_dtype),
+        grid=(plan.num_clusters,),
+        grid_names=("tile",),
+        cluster=(config.cluster,),
+        cluster_names=("peer",),
+        num_threads=config.num_warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )
+    return kernel(x, weight, *vectors.values())[:tokens]
+
+
+class _Plan:
+    """The static geometry of one launch. Rows and columns are those of wgmma's accumulator."""
+
+    def __init__(self, x, weight, vectors, out_dtype, config):
+        self.config, self.dtype, self.out_dtype = config, x.dtype, out_dtype
+        (self.m, self.k), self.n = x.shape, weight.shape[0]
+        self.blocked = vectors["x_scale"].ndim == 2
+        self.promoted = x.dtype != jnp.int8 or self.blocked
+        self.acc_dtype = jnp.float32 if x.dtype != jnp.int8 else jnp.int32
+        # Vectors that a tile needs a stretch of, by the dimension they lie along; scalars are read where they are used.
+        self.tile_vectors = {
+            name: (config.block_m if name.startswith("x_") else config.block_n, value.dtype)
+            for name, value in vectors.items()
+            if not self.blocked or name == "bias"
+            if value.shape != (1,)
+        }
+        self.row_tiles = config.rows // config.num_warpgroups // TILE
+        self.m_tiles, self.n_tiles = pl.cdiv(self.m, config.block_m), pl.cdiv(self.n, config.block_n)
+        self.k_steps = pl.cdiv(self.k, config.block_k)
+        self.groups = config.block_k // BLOCK
+        self.chunk = config.columns // config.chunks
+        self.piece = min(self.chunk, config.store_columns(out_dtype))
+        self.piece_shape = (self.piece, TILE) if config.weights_first else (TILE, self.piece)
+        # The tiles of a multicast cluster lie side by side, so as to share the larger operand.
+        self.shares_x = config.block_m > config.block_n
+        if self.shares_x:
+            self.shape = self.m_tiles, pl.cdiv(self.n_tiles, config.multicast)
+        else:
+            self.shape = pl.cdiv(self.m_tiles, config.multicast), self.n_tiles
+        self.num_clusters = min(num_clusters(config.cluster), self.shape[0] * self.shape[1])
+
+    def tile(self, index, rank):
+        """Token and output tile of a cluster's linear index."""
+        if self.shape[0] == 1:
+            m_tile, n_tile = jnp.int32(0), index
+        else:
+            m_tile, n_tile = plgpu.planar_snake(index, self.shape, 1, self.config.snake_width)
+        if self.config.multicast == 1:
+            return m_tile, n_tile
+        if self.shares_x:
+            return m_tile, n_tile * self.config.multicast + rank
+        return m_tile * self.config.multicast + rank, n_tile
+
+    def scratch(self):
+        """Shared memory and barriers, by name."""
+        c, stages = self.config, self.config.num_stages
+        vectors = self.tile_vectors.items()
+        scratch = {
+            "x": _tiled((stages, c.block_m, c.block_k), self.dtype),
+            "weight": _tiled((stages, c.block_n, c.block_k), self.dtype),
+            "out": _tiled((c.num_warpgroups, 2, *self.piece_shape), self.out_dtype),
+            "full": plgpu.Barrier(num_arrivals=2 + self.blocked, num_barriers=stages),
+            "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
+            "vectors": {name: plgpu.SMEM((2, size), dtype) for name, (size, dtype) in vectors},
+        }
+        if c.multicast > 1:
+            scratch["empty"] = plgpu.ClusterBarrier(
+                collective_axes=("peer",), num_arrivals=c.num_warpgroups, num_barriers=stages
+            )
+        if self.blocked:
+            scratch["group_scale"] = plgpu.SMEM((stages, self.groups, c.block_m), jnp.float32)
+        if vectors:
+            scratch["vectors_full"] = plgpu.Barrier(num_arrivals=len(vectors), num_barriers=2)
+            scratch["vectors_empty"] = plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=2)
+        if c.split_k > 1:
+            scratch |= {
+                "partial": _tiled((c.num_warpgroups, c.split_k - 1, TILE, self.chunk), jnp.float32),
+                "arrived": plgpu.Barrier(num_arrivals=c.split_k - 1, num_barriers=c.num_warpgroups),
+                "free": plgpu.ClusterBarrier(collective_axes=("peer",), num_barriers=c.num_warpgroups),
+            }
+        return scratch
+
+
+def _tiled(shape, dtype):
+    """Shared memory in the swizzled tiles that wgmma and the copy engine read without bank conflicts."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+    )
+
+
+def _body(plan: _Plan, x, weight, vectors, out):
+    """One block: its last warpgroup copies, the others compute."""
+    compute = plan.config.num_warpgroups
+
+    def scoped(smem):
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == compute)
+        def _copy():
+            if compute in _COPY_REGISTERS:
+                plgpu.set_max_registers(_COPY_REGISTERS[compute], action="decrease")
+
+            @plgpu.warp_map
+            def _(warp):
+                pl.when(warp == 0)(lambda: _copy_tiles(plan, x, weight, vectors, smem))
+
+        @pl.when(warpgroup < compute)
+        def _compute():
+            if compute in _COMPUTE_REGISTERS:
+                plgpu.set_max_registers(_COMPUTE_REGISTERS[compute], action="increase")
+            _compute_tiles(plan, warpgroup, vectors, out, smem)
+
+    pl.run_scoped(scoped, plan.scratch(), collective_axes="warpgroup")
+
+
+def _for_each_tile(plan: _Plan, visit):
+    """Call `visit(count, m_tile, n_tile, first_step, last_step, position)` for this block's tiles.
+
+    The position counts the stages of the ring that have gone by; `visit` returns it as it is after the tile. Returns the number of
+    tiles and the last position.
+    """
+    cluster, rank = lax.axis_index("tile"), lax.axis_index("peer")
+    split = plan.config.split_k
+    first, last = jnp.int32(0), jnp.int32(plan.k_steps)
+    if split > 1:
+        first, last = lax.div(rank * plan.k_steps, split), lax.div((rank + 1) * plan.k_steps, split)
+    tiles = plan.shape[0] * plan.shape[1]
+    count = lax.div(tiles - cluster + plan.num_clusters - 1, plan.num_clusters)
+
+    def step(i, position):
+        m_tile, n_tile = plan.tile(cluster + i * plan.num_clusters, rank)
+        return visit(i, m_tile, n_tile, first, last, position)
+
+    return count, lax.fori_loop(0, count, step, jnp.int32(0))
+
+
+def _copy_tiles(plan: _Plan, x, weight, vectors, smem):
+    """Stream every stage of this block's tiles through the ring."""
+    c = plan.config
+    shared = {"collective_axes": ("peer",)} if c.multicast > 1 else {}
+    x_options, weight_options = (shared, {}) if plan.shares_x else ({}, shared)
+
+    def copy_stage(tokens, outputs, step, position):
+        slot = lax.rem(position, jnp.int32(c.num_stages))
+        pl.when(position >= c.num_stages)(lambda: plgpu.barrier_wait(smem["empty"].at[slot]))
+        inputs, full = pl.ds(step * c.block_k, c.block_k), smem["full"].at[slot]
+        plgpu.copy_gmem_to_smem(weight.at[outputs, inputs], smem["weight"].at[slot], full, **weight_options)
+        plgpu.copy_gmem_to_smem(x.at[tokens, inputs], smem["x"].at[slot], full, **x_options)
+        if plan.blocked:
+            groups = pl.ds(step * plan.groups, plan.groups)
+            plgpu.copy_gmem_to_smem(vectors["x_scale"].at[groups, tokens], smem["group_scale"].at[slot], full)
+        return position + 1
+
+    def visit(count, m_tile, n_tile, first, last, position):
+        tokens, outputs = pl.ds(m_tile * c.block_m, c.block_m), pl.ds(n_tile * c.block_n, c.block_n)
+        if plan.tile_vectors:
+            place = lax.rem(count, jnp.int32(2))
+            pl.when(count >= 2)(lambda: plgpu.barrier_wait(smem["vectors_empty"].at[place]))
+            for name, ref in smem["vectors"].items():
+                along = tokens if name.startswith("x_") else outputs
+                plgpu.copy_gmem_to_smem(vectors[name].at[along], ref.at[place], smem["vectors_full"].at[place])
+        return lax.fori_loop(first, last, lambda step, at: copy_stage(tokens, outputs, step, at), position)
+
+    tiles, position = _for_each_tile(plan, visit)
+    _await_last(smem["empty"], position, c.num_stages)
+    if plan.tile_vectors:
+        _await_last(smem["vectors_empty"], tiles, 2)
+
+
+def _await_last(barriers, count, slots: int):
+    """Wait for the last arrivals at every slot: a block must outlive those of its peers."""
+
+    @pl.loop(0, slots)
+    def _(i):
+        at = count - slots + i
+        pl.when(at >= 0)(lambda: plgpu.barrier_wait(barriers.at[lax.rem(at, jnp.int32(slots))]))
+
+
+def _compute_tiles(plan: _Plan, warpgroup, vectors, out, smem):
+    """Multiply this warpgroup's rows of every tile, reduce over the cluster, scale, store."""
+    c = plan.config
+    product = _product_promoted if plan.promoted else _product_exact
+
+    def visit(count, m_tile, n_tile, first, last, position):
+        first_m, first_n = m_tile * c.block_m, n_tile * c.block_n
+        totals = product(plan, warpgroup, vectors, smem, first, last, position, first_n)
+        if plan.tile_vectors:
+            plgpu.barrier_wait(smem["vectors_full"].at[lax.rem(count, jnp.int32(2))])
+        for i, total in enumerate(totals):
+            row = (warpgroup * plan.row_tiles + i) * TILE
+            store = functools.partial(_store, plan, warpgroup, vectors, out, smem, count, row, first_m, first_n)
+            if c.split_k == 1:
+                store(total, 0)
+            else:
+                _reduce(plan, warpgroup, smem, count, total, store)
+        if plan.tile_vectors:
+            plgpu.barrier_arrive(smem["vectors_empty"].at[lax.rem(count, jnp.int32(2))])
+        return position + (last - first)
+
+    _for_each_tile(plan, visit)
+    if c.split_k > 1:  # A block must outlive the arrivals of its peers.
+        plgpu.barrier_wait(smem["free"].at[warpgroup])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _multiply(plan: _Plan, warpgroup, smem, slot, acc, i: int, inputs):
+    """Issue `acc += rows columns^T` over the inputs of a stage, for the warpgroup's `i`-th 64 rows."""
+    rows, columns = ("weight", "x") if plan.config.weights_first else ("x", "weight")
+    own = pl.ds((warpgroup * plan.row_tiles + i) * TILE, TILE)
+    plgpu.wgmma(acc, smem[rows].at[slot, own, inputs], smem[columns].at[slot, :, inputs].T)
+
+
+def _product_exact(plan: _Plan, warpgroup, vectors, smem, first, last, position, first_n):
+    """One long product in the accumulator; a stage is given back when the next one's product is under way."""
+    del vectors, first_n
+    c = plan.config
+    stages = jnp.int32(c.num_stages)
+
+    def multiply(*accs):
+        def stage(step, _):
+            at = position + (step - first)
+            plgpu.barrier_wait(smem["full"].at[lax.rem(at, stages)])
+            for i, acc in enumerate(accs):
+                _multiply(plan, warpgroup, smem, lax.rem(at, stages), acc, i, slice(None))
+            plgpu.wgmma_wait(len(accs))
+            pl.when(step > first)(lambda: plgpu.barrier_arrive(smem["empty"].at[lax.rem(at - 1 + stages, stages)]))
+
+        lax.fori_loop(first, last, stage, None)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(smem["empty"].at[lax.rem(position + (last - first) - 1, stages)])
+        return tuple(acc[...] for acc in accs)
+
+    accs = [plgpu.ACC((TILE, c.columns), plan.acc_dtype)] * plan.row_tiles
+    return pl.run_scoped(multiply, *accs)
+
+
+def _product_promoted(plan: _Plan, warpgroup, vectors, smem, first, last, position, first_n):
+    """A product a stage (a group, if scales are blocked), added to float32 totals in registers."""
+    c = plan.config
+    depth = BLOCK if plan.blocked else c.block_k
+
+    def part(slot, i, group):
+        def multiply(acc):
+            _multiply(plan, warpgroup, smem, slot, acc, i, pl.ds(group * depth, depth))
+            return acc[...]
+
+        return pl.run_scoped(multiply, plgpu.ACC((TILE, c.columns), plan.acc_dtype)).astype(jnp.float32)
+
+    def stage(step, totals):
+        slot = lax.rem(position + (step - first), jnp.int32(c.num_stages))
+        w_scales = [
+            _block_scale(plan, warpgroup, vectors, step * plan.groups + g, first_n)
+            for g in range(plan.groups * plan.blocked)
+        ]
+        plgpu.barrier_wait(smem["full"].at[slot])
+        for group in range(c.block_k // depth):
+            parts = []
+            for i, total in enumerate(totals):
+                value = part(slot, i, group)
+                if plan.blocked:
+                    value = value * _group_scale(plan, warpgroup, smem, slot, i, group, w_scales[group])
+                parts.append(total + value)
+            totals = tuple(parts)
+        plgpu.barrier_arrive(smem["empty"].at[slot])
+        return totals
+
+    zeros = plgpu.layout_cast(jnp.zeros((TILE, c.columns), jnp.float32), plgpu.Layout.WGMMA)
+    return lax.fori_loop(first, last, stage, (zeros,) * plan.row_tiles)
+
+
+def _block_scale(plan: _Plan, warpgroup, vectors, group, first_n):
+    """The scale of the one 128 x 128 block of the weight that this warpgroup's part of a group lies in."""
+    first_row = warpgroup * plan.row_tiles * TILE if plan.config.weights_first else 0
+    block = lax.div(first_n + first_row, jnp.int32(BLOCK))
+    last_group, last_block = (size - 1 for size in vectors["w_scale"].shape)
+    return vectors["w_scale"][jnp.minimum(group, last_group), jnp.minimum(block, last_block)].astype(jnp.float32)
+
+
+def _group_scale(plan: _Plan, warpgroup, smem, slot, i: int, group: int, w_scale):
+    """Both scales of a group's product, in the shape of the accumulator."""
+    shape = (TILE, plan.config.columns)
+    if plan.config.weights_first:
+        scale = plgpu.load(smem["group_scale"].at[slot, group], layout=PER_COLUMN, optimized=False)
+        return lax.broadcast_in_dim(scale * w_scale, shape, (1,))
+    own = pl.ds((warpgroup * plan.row_tiles + i) * TILE, TILE)
+    scale = plgpu.load(smem["group_scale"].at[slot, group, own], layout=PER_ROW, optimized=False)
+    return lax.broadcast_in_dim(scale * w_scale, shape, (0,))
+
+
+def _reduce(plan: _Plan, warpgroup, smem, count, total, store):
+    """Add the cluster's partial sums of a tile in a fixed order; the blocks take turns to own its chunks of columns."""
+    split, chunks = plan.config.split_k, plan.config.chunks
+    rank = lax.axis_index("peer")
+    pl.when(count > 0)(lambda: plgpu.barrier_wait(smem["free"].at[warpgroup]))
+    owners = [lax.rem(count * chunks + q, jnp.int32(split)) for q in range(chunks)]
+    pieces = [total[:, q * plan.chunk : (q + 1) * plan.chunk] for q in range(chunks)]
+    for owner, piece in zip(owners, pieces, strict=True):
+
+        @pl.when(rank != owner)
+        def _send(owner=owner, piece=piece):
+            place = lax.rem(rank - owner - 1 + split, jnp.int32(split))
+            plgpu.async_store_smem(
+                lax.bitcast_convert_type(piece, jnp.float32),
+                smem["partial"].at[warpgroup, place],
+                smem["arrived"].at[warpgroup],
+                cluster_idx=owner,
+                cluster_dim="peer",
+            )
+
+    for q, (owner, piece) in enumerate(zip(owners, pieces, strict=True)):
+
+        @pl.when(rank == owner)
+        def _add(piece=piece, q=q):
+            plgpu.barrier_wait(smem["arrived"].at[warpgroup])
+            total = piece
+            for place in range(split - 1):
+                partial = plgpu.load(smem["partial"].at[warpgroup, place], layout=plgpu.Layout.WGMMA)
+                total = total + lax.bitcast_convert_type(partial, total.dtype)
+            store(total, q * plan.chunk)
+
+    plgpu.commit_smem()  # All lanes have read before one of them says so.
+    plgpu.barrier_arrive(smem["free"].at[warpgroup])
+
+
+def _store(plan: _Plan, warpgroup, vectors, out, smem, count, row, first_m, first_n, total, column: int):
+    """Scale 64 rows of sums from a column on, and write them out a piece at a time."""
+    place = lax.rem(count, jnp.int32(2))
+    for i, start in enumerate(range(0, total.shape[1], plan.piece)):
+        piece = _finish(plan, vectors, smem, place, row, column + start, total[:, start : start + plan.piece])
+        staging = smem["out"].at[warpgroup, i % 2]
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        if plan.config.weights_first:
+            staging.T[...] = piece
+            where = pl.ds(first_m + column + start, plan.piece), pl.ds(first_n + row, TILE)
+        else:
+            staging[...] = piece
+            where = pl.ds(first_m + row, TILE), pl.ds(first_n + column + start, plan.piece)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staging, out.at[*where])
+
+
+def _finish(plan: _Plan, vectors, smem, place, row, column, total):
+    """`(sum - zero point * weight sum) * x_scale * w_scale + bias`, in the result's dtype."""
+
+    def along(name):
+        if vectors[name].shape == (1,):
+            return jnp.full(total.shape, vectors[name][0])
+        on_rows = name.startswith("x_") != plan.config.weights_first
+        where, layout = (pl.ds(row, TILE), PER_ROW) if on_rows else (pl.ds(column, plan.piece), PER_COLUMN)
+        vector = plgpu.load(smem["vectors"][name].at[place, where], layout=layout, optimized=False)
+        vector = vector if vector.dtype == jnp.int32 else vector.astype(jnp.float32)
+        return lax.broadcast_in_dim(vector, total.shape, (0,) if on_rows else (1,))
+
+    if "x_zero_point" in vectors:
+        total = total - along("x_zero_point") * along("weight_sum")
+    total = total.astype(jnp.float32)
+    if not plan.blocked:
+        total = total * along("x_scale") * along("w_scale")
+    if "bias" in vectors:
+        total = total + along("bias")
+    return total.astype(plan.out_dtype)
