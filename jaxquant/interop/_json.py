@@ -1,0 +1,40 @@
+"""JSON files by others, read with limits."""
+
+import json
+import pathlib
+from typing import Any
+
+SIZE_LIMIT = 100_000_000
+
+
+def read_json(file: pathlib.Path, content: bytes | None = None) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+        file: the file, also named in errors.
+        content: its bytes, where they are part of a file only.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: the text is too large, nested too deep, no JSON, names a key twice, or is no object.
+    """
+    if content is None:
+        if file.stat().st_size > SIZE_LIMIT:
+            raise ValueError(f"{file}: {file.stat().st_size} bytes of JSON; at most {SIZE_LIMIT} are accepted")
+        content = file.read_bytes()
+    try:
+        parsed = json.loads(content, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: no readable JSON: {str(error)[:200]}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{file}: a JSON object was expected, got {type(parsed).__name__}")
+    return parsed
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a key appears twice in one object")
+    return made
