@@ -78,8 +78,10 @@ def parse_config(config: dict[str, Any]) -> tuple[Scheme, ...]:
     for name, group in groups.items():
         try:
             targets = tuple(map(str, group["targets"]))
+            for target in targets:
+                re.compile(target.removeprefix("re:"))
             schemes.append(Scheme(targets, dict(group["weights"]), group.get("input_activations")))
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, re.error) as error:
             raise ValueError(f"quantization_config: config_groups.{name} is malformed: {error!r}") from error
     return tuple(schemes)
 
@@ -141,10 +143,9 @@ def _decode_packed(tensors: Tensors, scheme: Scheme, dtype: np.dtype, where: str
         raise ValueError(f"{where}.weight_packed: {list(packed.shape)} for {inputs} inputs of {bits} bits")
     zero_point = None
     if "weight_zero_point" in tensors:
-        words = expect(where, tensors, "weight_zero_point", "int32", (None, scale.shape[0]))
+        length = -(-scale.shape[1] * bits // 32) if dense else -(-scale.shape[1] // (32 // bits))
+        words = expect(where, tensors, "weight_zero_point", "int32", (length, scale.shape[0]))
         zero_point = (unpack_words if dense else _unpack_loose)(words, bits, scale.shape[1], 0).T
-        if zero_point.shape != scale.shape:
-            raise ValueError(f"{where}.weight_zero_point: {list(words.shape)} for {scale.shape[1]} outputs")
     qtype = get_qtype(f"{'int' if zero_point is None else 'uint'}{bits}")
     perm = _order(tensors, inputs, scale.shape[0], where)
     if dense and perm is None:
