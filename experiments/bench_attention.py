@@ -185,6 +185,7 @@ def _exact(q, k, v, *, case: Case, rounded):
     kv_lengths = given.get("kv_lengths", jnp.full((case.batch,), case.kv_tokens))
     if rounded is not None:
         codes, step = quantize_values(v, rounded, 1, given.get("kv_lengths"))
+        codes = lax.optimization_barrier(codes)
         v = (codes.astype(jnp.float32) * step[..., None]).transpose(0, 3, 1, 2)
 
     def head(index):
@@ -197,7 +198,8 @@ def _exact(q, k, v, *, case: Case, rounded):
         p = jnp.where(visible, jnp.exp2(scores - jnp.max(scores, axis=1, keepdims=True)), 0.0)
         total = jnp.sum(p, axis=1, keepdims=True)
         if rounded is not None:
-            p = round_to(p * 448.0, rounded).astype(jnp.float32) * (1 / 448.0)
+            codes = lax.optimization_barrier(round_to(p * 448.0, rounded))  # or XLA drops the round trip
+            p = codes.astype(jnp.float32) * (1 / 448.0)
         return jnp.matmul(p, one(v, group), precision="highest") / jnp.where(total == 0, 1.0, total)
 
     out = lax.map(head, jnp.arange(case.batch * case.heads))

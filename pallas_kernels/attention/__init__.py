@@ -9,7 +9,7 @@ from jax import lax
 
 from pallas_kernels.attention.config import Config, default_config, padded_head_dim, supports
 from pallas_kernels.attention.mosaic_gpu import quantized_attention
-from pallas_kernels.attention.quantize import interleave_tokens, quantize_keys, quantize_values
+from pallas_kernels.attention.quantize_mosaic_gpu import quantize_keys_mosaic_gpu, quantize_values_mosaic_gpu
 from pallas_kernels.attention.reference import MODES, Masking, Window, attention_reference, visible
 
 __all__ = ["MODES", "Config", "attention", "default_config", "supports"]
@@ -145,11 +145,11 @@ def _mosaic_gpu(call: _Call, qkv, masking: Masking) -> jax.Array:
     q, k, v = (_pad(x, padded_head_dim(head_dim)) for x in qkv)
     scores_dtype, values_dtype = MODES[call.mode]
     block = call.config.block_kv
-    keys = quantize_keys(k[:, :kv_tokens], scores_dtype, block, masking.kv_lengths)
-    values = v
-    if values_dtype is not None:
-        keys = keys._replace(codes=interleave_tokens(keys.codes))
-        values = quantize_values(v[:, :kv_tokens], values_dtype, block, masking.kv_lengths)
+    kv_lengths = masking.kv_lengths
+    if kv_lengths is None and k.shape[1] != kv_tokens:
+        kv_lengths = jnp.full((batch,), kv_tokens, jnp.int32)
+    keys = quantize_keys_mosaic_gpu(k, scores_dtype, block, kv_lengths)
+    values = v if values_dtype is None else quantize_values_mosaic_gpu(v, values_dtype, block, kv_lengths)
     lengths = None
     if masking.query_lengths is not None or masking.kv_lengths is not None:
         given = ((masking.query_lengths, tokens), (masking.kv_lengths, kv_tokens))

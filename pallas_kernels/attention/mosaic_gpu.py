@@ -7,8 +7,8 @@ Three things keep the arithmetic around the products small, since it and the 512
 tile, not the products, are what limit the kernel:
 - int8 products start from the bit pattern of 1.5 * 2^23, so the int32 accumulator, read as float32, is already
   1.5 * 2^23 + product; that constant leaves through the additive term of the exponent's FMA;
-- a scale per query and per tile of keys makes dequantization, the softmax scale and the subtraction of the maximum that
-  one FMA;
+- a scale per query and per keys that one lane holds makes dequantization, the softmax scale and the subtraction of the
+  maximum that one FMA;
 - 8-bit P V goes to a fresh accumulator per tile, and the sum's rescaling by exp2(old maximum - new maximum) is the same
   FMA that adds it: two-level accumulation (the tensor cores keep about 14 bits for fp8) costs nothing.
 """
@@ -18,13 +18,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels.attention.config import ROWS, Config
 from pallas_kernels.attention.quantize import (
@@ -35,13 +31,21 @@ from pallas_kernels.attention.quantize import (
     Keys,
     Values,
 )
+from pallas_kernels.attention.quantize_mosaic_gpu import round_in_place, shared
 from pallas_kernels.attention.reference import MODES, Window
+from pallas_kernels.attention.registers import (
+    MAGIC,
+    MAGIC_BITS,
+    PER_COLUMN,
+    PER_ROW,
+    TILE,
+    along_columns,
+    along_rows,
+    largest_of_columns,
+    repeat_columns,
+    round_to_operand,
+)
 
-TILE = plgpu.Layout.WGMMA
-PER_ROW = plgpu.Layout.WGMMA.reduce(1)
-PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-MAGIC = 1.5 * 2**23  # float32 from here to 2^23 further has steps of 1
-MAGIC_BITS = 0x4B400000
 LOWEST_MAXIMUM = -1e30  # finite, so that a row of masked scores gives weights of 0 and not NaN
 UNBOUNDED = 1 << 29
 
@@ -62,8 +66,8 @@ def quantized_attention(
 
     Args:
         q: [B, T, N, H] bfloat16 or float16, H of 64 or 128.
-        keys: quantized keys in blocks of config.block_kv, interleaved for 8-bit values.
-        values: quantized values, or V itself [B, S, K, H] for a mode with float values.
+        keys: quantized keys in blocks of config.block_kv.
+        values: quantized values, tokens interleaved, or V itself [B, S, K, H] for a mode with float values.
         lengths: query and key lengths [B] int32, or None.
         mode: a key of MODES.
         kv_tokens: S, without padding.
@@ -87,10 +91,10 @@ def quantized_attention(
         lambda *refs: body(refs[: len(operands)], *refs[len(operands) :]),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=[
-            _shared((groups, ROWS, head_dim), q.dtype),
-            _shared((groups, ROWS, head_dim), keys.codes.dtype),
-            _shared((config.stages, config.block_kv, head_dim), keys.codes.dtype),
-            _shared((config.stages, *value_tile), value_dtype),
+            shared((groups, ROWS, head_dim), q.dtype),
+            shared((groups, ROWS, head_dim), keys.codes.dtype),
+            shared((config.stages, config.block_kv, head_dim), keys.codes.dtype),
+            shared((config.stages, *value_tile), value_dtype),
             plgpu.Barrier(num_barriers=groups),
             barriers(),
             barriers(),
@@ -105,14 +109,6 @@ def quantized_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     return call(*operands)
-
-
-def _shared(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
-    size = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
-    )
 
 
 def _kernel(
@@ -164,10 +160,14 @@ def _kernel(
         if config.ping_pong:
             pl.when(group == 1)(lambda: _pass_turn(turn))
 
+        def key_scales(tile):
+            tile = jnp.minimum(tile, k_scale_ref.shape[2] - 1)
+            return plgpu.load(k_scale_ref.at[batch, kv_head, tile], layout=PER_COLUMN, optimized=False)
+
         def step(masked: bool, tile, carry):
             acc, maximum, total, k_scale = carry
             slot = lax.rem(tile - begin, jnp.int32(stages))
-            next_k_scale = k_scale_ref[batch, kv_head, jnp.minimum(tile + 1, k_scale_ref.shape[2] - 1)]
+            next_k_scale = key_scales(tile + 1)
             plgpu.barrier_wait(k_ready.at[slot])
 
             def multiply_keys(scores_ref):
@@ -178,19 +178,21 @@ def _kernel(
             x = _wgmma(multiply_keys, (ROWS, block), scores_dtype)
             plgpu.barrier_arrive(k_free.at[slot])
             if masked:
-                key = _key_of_column(x.shape, interleaved=values_dtype is not None) + tile * block
+                key = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=TILE) + tile * block
                 x = jnp.where(_is_visible(row_begin, key, kv_length, window), x, -jnp.inf)
-            row_scale = q_scale * k_scale
-            new_maximum = jnp.maximum(maximum, (jnp.max(x, axis=1) - offset) * row_scale)
-            shift = (0.0 if values_dtype is None else math.log2(LARGEST_CODE[values_dtype])) - offset * row_scale
-            p = jnp.exp2(x * _along_rows(row_scale, x) + _along_rows(shift - new_maximum, x))
+            largest = largest_of_columns(x)
+            step_size = along_rows(q_scale, largest) * along_columns(k_scale, largest)
+            new_maximum = jnp.maximum(maximum, jnp.max((largest - offset) * step_size, axis=1))
+            shift = (0.0 if values_dtype is None else math.log2(LARGEST_CODE[values_dtype])) - offset * step_size
+            shift = shift - along_rows(new_maximum, shift)
+            p = jnp.exp2(x * repeat_columns(step_size, block) + repeat_columns(shift, block))
             decay = jnp.exp2(maximum - new_maximum)
             total = total * decay + jnp.sum(p, axis=1)
             if values_dtype is None:
-                weights, acc = p.astype(v_ref.dtype), acc * _along_rows(decay, acc)
+                weights, acc = p.astype(v_ref.dtype), acc * along_rows(decay, acc)
                 weights, acc, total = lax.optimization_barrier((weights, acc, total))
             else:
-                weights = _round_to_operand(p, values_dtype)
+                weights = round_to_operand(p, values_dtype)
             if config.ping_pong:
                 plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(v_ready.at[slot])
@@ -200,7 +202,7 @@ def _kernel(
                 acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot]))(plgpu.ACC.init(acc))
             else:
                 part = _wgmma(lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot].T), acc.shape, values_dtype)
-                acc = acc * _along_rows(decay, acc) + (part - MAGIC if values_dtype == INT8 else part)
+                acc = acc * along_rows(decay, acc) + (part - MAGIC if values_dtype == INT8 else part)
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, new_maximum, total, next_k_scale
 
@@ -208,8 +210,7 @@ def _kernel(
             return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), PER_ROW)
 
         acc = plgpu.layout_cast(jnp.zeros((ROWS, q_ref.shape[3]), jnp.float32), TILE)
-        k_scale = k_scale_ref[batch, kv_head, jnp.minimum(begin, k_scale_ref.shape[2] - 1)]
-        carry = acc, per_row(LOWEST_MAXIMUM), per_row(0.0), k_scale
+        carry = acc, per_row(LOWEST_MAXIMUM), per_row(0.0), key_scales(begin)
         if full_begin is not begin:
             carry = lax.fori_loop(begin, full_begin, functools.partial(step, True), carry)
         carry = lax.fori_loop(full_begin, full_end, functools.partial(step, False), carry)
@@ -221,10 +222,10 @@ def _kernel(
 
         query = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (ROWS,), 0), PER_ROW) + row_begin
         total = jnp.where((query < q_length) & (total != 0.0), total, jnp.inf)  # nothing seen: zeros
-        out = acc * _along_rows(1.0 / total, acc)
+        out = acc * along_rows(1.0 / total, acc)
         if v_scale_ref is not None:
             v_scale = plgpu.load(v_scale_ref.at[batch, kv_head], layout=PER_COLUMN, optimized=False)
-            out = out * lax.broadcast_in_dim(v_scale, out.shape, [1])
+            out = out * along_columns(v_scale, out)
         rows[0][...] = out.astype(out_ref.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(rows[0], out_ref.at[batch, pl.ds(row_begin, ROWS), head])
@@ -275,14 +276,6 @@ def _key_tiles(first_query, rows: int, q_length, kv_length, window: Window, bloc
     return begin, full_begin, full_end, end
 
 
-def _key_of_column(shape: tuple[int, int], *, interleaved: bool):
-    """The key, within its tile, of each column of the scores (see quantize.interleave_tokens)."""
-    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
-    if not interleaved:
-        return column
-    return (column & ~15) | ((column & 6) << 1) | ((column & 8) >> 2) | (column & 1)
-
-
 def _is_visible(row_begin, key, kv_length, window: Window):
     query = plgpu.broadcasted_iota(jnp.int32, key.shape, 0, layout=TILE) + row_begin
     left, right = window
@@ -300,10 +293,6 @@ def _pass_turn(turn):
     plgpu.barrier_wait(turn)
 
 
-def _along_rows(per_row, like):
-    return lax.broadcast_in_dim(per_row, like.shape, [0])
-
-
 def _wgmma(multiply, shape: tuple[int, int], dtype: jnp.dtype):
     """A product in a fresh accumulator, as float32; an int8 one is MAGIC too large."""
     if dtype == INT8:
@@ -317,47 +306,7 @@ def _quantize_rows(q_ref, codes_ref, dtype: jnp.dtype):
     """Quantizes queries per token within shared memory; returns their scales."""
     q = plgpu.load(q_ref, layout=TILE).astype(jnp.float32)
     absmax = jnp.maximum(jnp.max(jnp.abs(q), axis=1), SMALLEST_ABSMAX)
-    q = q * _along_rows(LARGEST_CODE[dtype] / absmax, q)
-    if dtype == INT8:
-        codes_ref[...] = (lax.bitcast_convert_type(q + MAGIC, jnp.int32) - MAGIC_BITS).astype(INT8)
-    else:
-        codes_ref[...] = q.astype(dtype)
+    q = q * along_rows(LARGEST_CODE[dtype] / absmax, q)
+    codes_ref[...] = round_in_place(q, dtype)
     plgpu.commit_smem()
     return absmax * (1 / LARGEST_CODE[dtype])
-
-
-_ROUND_TO_E4M3 = (
-    "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;"
-    " cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
-)
-_ROUND_TO_INT8 = (  # adding 1.5 * 2^23 leaves the rounded integer in the low byte
-    "{ .reg .f32 a, b, c, d; .reg .b32 i, j, k, l;"
-    " add.rn.f32 a, $1, 0f4B400000; add.rn.f32 b, $2, 0f4B400000; add.rn.f32 c, $3, 0f4B400000;"
-    " add.rn.f32 d, $4, 0f4B400000; mov.b32 i, a; mov.b32 j, b; mov.b32 k, c; mov.b32 l, d;"
-    " prmt.b32 i, i, j, 0x0040; prmt.b32 k, k, l, 0x0040; prmt.b32 $0, i, k, 0x5410; }"
-)
-
-
-def _round_to_operand(p, dtype: jnp.dtype):
-    """Rounds float32 weights to 8 bits, as the register operand of a wgmma; columns become interleaved."""
-
-    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(p.shape, dtype, plgpu.Layout.WGMMA_8BIT))
-    def round_registers(ctx, x):
-        word = ir.IntegerType.get_signless(32)
-        bytes_type = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
-        element = ir.IntegerType.get_signless(8) if dtype == INT8 else ir.Float8E4M3FNType.get()
-        pairs = np.moveaxis(x.registers, 1, -1)  # [..., 8-column blocks], each register two adjacent columns
-        words = np.empty((*pairs.shape[:-1], pairs.shape[-1] // 2), dtype=object)
-        for index in np.ndindex(words.shape):
-            two = (pairs[(*index[:-1], 2 * index[-1] + half)] for half in range(2))
-            four = [vector.extract(pair, dynamic_position=[], static_position=[i]) for pair in two for i in range(2)]
-            asm = _ROUND_TO_INT8 if dtype == INT8 else _ROUND_TO_E4M3
-            packed = llvm.inline_asm(word, four, asm, "=r,f,f,f,f", asm_dialect=0)
-            packed = vector.bitcast(bytes_type, vector.broadcast(ir.VectorType.get((1,), word), packed))
-            words[index] = vector.bitcast(ir.VectorType.get((4,), element), packed)
-        registers = np.moveaxis(words, -1, 1).reshape(fa.WGMMA_LAYOUT_8BIT.registers_shape(x.shape))
-        return fa.FragmentedArray(
-            _registers=registers, _layout=fa.WGMMA_LAYOUT_8BIT, _is_signed=True if dtype == INT8 else None
-        )
-
-    return round_registers(p)

@@ -52,7 +52,8 @@ def attention_reference(
     codes, q_scale = quantize_queries(q, scale, scores_dtype)
     keys = quantize_keys(k, scores_dtype, block, masking.kv_lengths)
     scores = _grouped_scores(codes, keys.codes, k.shape[2])[..., : k.shape[1]]
-    key_scale = jnp.repeat(keys.scale, block, axis=2)[..., : k.shape[1]]
+    key_scale = jnp.repeat(keys.scale[:, :, :, None], block // 8, axis=3).reshape(*keys.codes.shape[:3])
+    key_scale = key_scale[..., : k.shape[1]]
     scores = scores * q_scale.transpose(0, 2, 1).reshape(*scores.shape[:-1], 1) * key_scale[:, :, None, None]
     scores = scores.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if masking.bias is not None:

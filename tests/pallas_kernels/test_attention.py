@@ -11,7 +11,7 @@ from pallas_kernels.attention.mosaic_gpu import _key_tiles
 from pallas_kernels.attention.quantize import (
     E4M3,
     INT8,
-    interleave_tokens,
+    keys_mean,
     quantize_keys,
     quantize_queries,
     quantize_values,
@@ -95,7 +95,7 @@ def test_int8_scores_cost_little_beside_8_bit_weights(rng, biased):
     qkv = operands(rng, case, biased)
     ref = exact(*qkv, case)
     bound = error(exact(*qkv, case, rounded=True), ref)
-    assert error(attention(*qkv, mode="int8_fp8"), ref) < 1.07 * bound
+    assert error(attention(*qkv, mode="int8_fp8"), ref) < 1.06 * bound
     assert error(attention(*qkv, mode="int8_f16"), ref) < 1.3e-2  # SageAttention's own error, per block of 128 x 64
 
 
@@ -119,14 +119,26 @@ def test_codes_and_scales_reproduce_the_operands(rng, dtype):
     assert np.abs(got - expected).max() <= relative * np.abs(expected).max() * 1.001
     keys = quantize_keys(k, dtype, 32)
     assert keys.codes.shape == (2, 2, 96, 64)
-    assert keys.scale.shape == (2, 2, 3)
-    got = np.asarray(keys.codes, np.float32) * np.repeat(keys.scale, 32, axis=2)[..., None]
+    assert keys.scale.shape == (2, 2, 3, 8)
+    scale = np.asarray(keys.scale)[:, :, :, [t % 8 for t in range(32)]].reshape(2, 2, 96)
+    assert len(np.unique(scale[0, 0])) == 3 * 4
+    got = np.asarray(keys.codes, np.float32) * scale[..., None]
     expected = (np.asarray(k) - np.asarray(k).mean(axis=1, keepdims=True)).transpose(0, 2, 1, 3)
     assert np.abs(got[:, :, :70] - expected).max() <= relative * np.abs(expected).max() * 1.001
     assert not got[:, :, 70:].any()
     values = quantize_values(v, dtype, 32)
     got = np.asarray(values.codes, np.float32) * np.asarray(values.scale)[..., None]
     assert np.abs(got[..., :70] - np.asarray(v).transpose(0, 2, 3, 1)).max() <= relative * np.abs(v).max() * 1.001
+
+
+def test_a_sample_of_tokens_removes_the_bias_of_keys(rng):
+    """The mean of a long head is taken over evenly spaced tokens, of the valid ones only."""
+    k = jnp.asarray(rng.normal(size=(2, 2048, 1, 64)) + 30, jnp.float32)
+    k = k.at[1, 100:].set(jnp.nan)
+    mean = keys_mean(k, jnp.array([2048, 100]))
+    # The mean of n normals errs by n ** -0.5; 6 of that, over 64 channels, happens once in 10 million runs.
+    assert np.abs(np.asarray(mean[0]) - 30).max() < 6 * 512**-0.5
+    assert np.abs(np.asarray(mean[1]) - 30).max() < 6 * 25**-0.5
 
 
 def test_tokens_past_the_length_change_nothing(rng):
@@ -139,15 +151,6 @@ def test_tokens_past_the_length_change_nothing(rng):
         clean = attention(q, k, v, kv_lengths=lengths, mode=mode)
         dirty = attention(q, jnp.where(past, jnp.nan, k), jnp.where(past, jnp.nan, v), kv_lengths=lengths, mode=mode)
         np.testing.assert_array_equal(clean, dirty)
-
-
-def test_interleaving_puts_a_threads_columns_where_the_next_product_reads_them():
-    """A thread of quad position c holds accumulator columns 8b + 2c + e and feeds operand columns 4c to 4c + 3."""
-    order = np.asarray(interleave_tokens(jnp.arange(32).reshape(1, 1, 32, 1)))[0, 0, :, 0]
-    for base in (0, 16):
-        for c in range(4):
-            held = [order[base + 8 * half + 2 * c + e] for half in range(2) for e in range(2)]
-            assert held == [base + 4 * c + i for i in range(4)]
 
 
 @pytest.mark.parametrize("window", [(None, None), (None, 0), (70, 0), (5, 300), (0, 0)])

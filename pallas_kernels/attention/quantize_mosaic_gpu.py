@@ -1,0 +1,163 @@
+"""Quantization of keys and values at the speed of memory: each block reads a tile once and writes its codes.
+
+Small blocks, several to a multiprocessor, hide one another's copies. What needs all tokens before the first code (the
+keys' mean, the values' largest magnitudes) is computed by XLA.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.quantize import (
+    INT8,
+    LARGEST_CODE,
+    SMALLEST_ABSMAX,
+    Keys,
+    Values,
+    keys_mean,
+    values_absmax,
+)
+from pallas_kernels.attention.registers import (
+    MAGIC,
+    MAGIC_BITS,
+    PER_COLUMN,
+    PER_ROW,
+    QUAD_COLUMNS,
+    TILE,
+    along_columns,
+    along_rows,
+    round_to_operand,
+)
+
+CHUNK = 64  # tokens in registers at a time
+
+
+def quantize_keys_mosaic_gpu(k: jax.Array, dtype: jnp.dtype, block: int, lengths: jax.Array | None) -> Keys:
+    """`quantize.quantize_keys` as a kernel, for keys [B, S, K, H] in a 16-bit format, S a multiple of 8."""
+    batch, tokens, heads, head_dim = k.shape
+    tiles = pl.cdiv(tokens, block)
+    mean = keys_mean(k, lengths)
+    codes = jax.ShapeDtypeStruct((batch, heads, tiles * block, head_dim), dtype)
+    scale = jax.ShapeDtypeStruct((batch, heads, tiles, QUAD_COLUMNS), jnp.float32)
+    call = plgpu.kernel(
+        functools.partial(_quantize_keys, block=block),
+        out_type=[codes, scale],
+        scratch_types=[
+            shared((block, head_dim), k.dtype),
+            shared((block, head_dim), dtype),
+            plgpu.Barrier(),
+        ],
+        grid=(tiles, heads, batch),
+        grid_names=("tile", "head", "batch"),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )
+    return Keys(*call(k, mean, _all_lengths(lengths, batch, tokens)))
+
+
+def quantize_values_mosaic_gpu(v: jax.Array, dtype: jnp.dtype, block: int, lengths: jax.Array | None) -> Values:
+    """`quantize.quantize_values` as a kernel, tokens interleaved as `registers.round_to_operand` leaves the weights."""
+    batch, tokens, heads, head_dim = v.shape
+    tiles = pl.cdiv(tokens, block)
+    absmax = values_absmax(v, lengths)
+    call = plgpu.kernel(
+        functools.partial(_quantize_values, block=block),
+        out_type=jax.ShapeDtypeStruct((batch, heads, head_dim, tiles * block), dtype),
+        scratch_types=[
+            shared((block, head_dim), v.dtype),
+            shared((head_dim, block), dtype, columns=CHUNK),
+            plgpu.Barrier(),
+        ],
+        grid=(tiles, heads, batch),
+        grid_names=("tile", "head", "batch"),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )
+    return Values(call(v, absmax, _all_lengths(lengths, batch, tokens)), absmax * (1 / LARGEST_CODE[dtype]))
+
+
+def shared(shape: tuple[int, ...], dtype, columns: int | None = None) -> plgpu.SMEM:
+    """Shared memory in the swizzled tiles that wgmma and the copy engine read without bank conflicts.
+
+    With `columns`, a tile's row is no longer than that, so that one can be addressed alone.
+    """
+    size = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle((columns or shape[-1]) * size * 8)
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+    )
+
+
+def _all_lengths(lengths, batch: int, tokens: int):
+    return jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths
+
+
+def _quantize_keys(k_ref, mean_ref, length_ref, codes_ref, scale_ref, k_smem, codes_smem, ready, *, block: int):
+    batch, head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
+    _copy_tile(k_ref, k_smem, ready, block)
+    mean = plgpu.load(mean_ref.at[batch, head], layout=PER_COLUMN, optimized=False)
+    dtype = jnp.dtype(codes_ref.dtype)
+
+    def smoothed(chunk):
+        x = plgpu.load(k_smem.at[pl.ds(chunk * CHUNK, CHUNK)], layout=TILE).astype(jnp.float32)
+        row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=TILE) + (tile * block + chunk * CHUNK)
+        return jnp.where(row < length_ref[batch], x - along_columns(mean, x), 0.0)
+
+    group = lax.div(lax.rem(_iota_rows(), QUAD_COLUMNS), 2)
+    absmax = lax.fori_loop(  # a loop: unrolled, its chunks would be in registers together
+        0,
+        block // CHUNK,
+        lambda chunk, absmax: jnp.maximum(absmax, jnp.max(jnp.abs(smoothed(chunk)), axis=1)),
+        plgpu.layout_cast(jnp.full((CHUNK,), SMALLEST_ABSMAX, jnp.float32), PER_ROW),
+    )
+    inverse = jnp.zeros_like(absmax)
+    for index in range(QUAD_COLUMNS // 2):
+        largest = jnp.max(jnp.where(group == index, absmax, 0.0))
+        inverse = jnp.where(group == index, LARGEST_CODE[dtype] / largest, inverse)
+        scale_ref[batch, head, tile, 2 * index] = largest * (1 / LARGEST_CODE[dtype])
+        scale_ref[batch, head, tile, 2 * index + 1] = largest * (1 / LARGEST_CODE[dtype])
+
+    @pl.loop(0, block // CHUNK)
+    def _(chunk):
+        x = smoothed(chunk)
+        codes_smem[pl.ds(chunk * CHUNK, CHUNK)] = round_in_place(x * along_rows(inverse, x), dtype)
+
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(codes_smem, codes_ref.at[batch, head, pl.ds(tile * block, block)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _quantize_values(v_ref, absmax_ref, length_ref, codes_ref, v_smem, codes_smem, ready, *, block: int):
+    batch, head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
+    _copy_tile(v_ref, v_smem, ready, block)
+    dtype = jnp.dtype(codes_ref.dtype)
+    inverse = LARGEST_CODE[dtype] / plgpu.load(absmax_ref.at[batch, head], layout=PER_ROW, optimized=False)
+    for chunk in range(block // CHUNK):
+        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        x = plgpu.load(v_smem.at[tokens].T, layout=TILE, optimized=False).astype(jnp.float32)
+        token = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=TILE) + (tile * block + chunk * CHUNK)
+        x = jnp.where(token < length_ref[batch], x * along_rows(inverse, x), 0.0)
+        codes_smem[:, tokens] = round_to_operand(x, dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(codes_smem, codes_ref.at[batch, head, :, pl.ds(tile * block, block)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _copy_tile(x_ref, x_smem, ready, block: int):
+    """Brings this block's tile into shared memory; tokens past the end are zeros."""
+    batch, head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
+    plgpu.copy_gmem_to_smem(x_ref.at[batch, pl.ds(tile * block, block), head], x_smem, ready)
+    plgpu.barrier_wait(ready)
+
+
+def _iota_rows():
+    return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (CHUNK,), 0), PER_ROW)
+
+
+def round_in_place(x, dtype: jnp.dtype):
+    """Rounds float32 to 8 bits; callers scale |x| to at most the dtype's largest code."""
+    if dtype == INT8:
+        return (lax.bitcast_convert_type(x + MAGIC, jnp.int32) - MAGIC_BITS).astype(INT8)
+    return x.astype(dtype)
