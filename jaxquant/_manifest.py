@@ -18,10 +18,11 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from jaxquant import _spec
+from jaxquant._outliers import OutlierArray
 from jaxquant._qarray import QArray
 from jaxquant._qtypes import QTYPES
 
-CONTAINERS = (QArray,)
+CONTAINERS = (QArray, OutlierArray)
 VALUES = (
     _spec.PerTensor,
     _spec.PerChannel,
@@ -50,7 +51,7 @@ _NNX_VARIABLES = (
 )
 ACCEPTED = (
     "arrays, Python numbers, None, dict, OrderedDict, FrozenDict, list, tuple, nnx.State of nnx variables,"
-    " nn.Partitioned, nn.LogicallyPartitioned and QArray"
+    " nn.Partitioned, nn.LogicallyPartitioned, QArray and OutlierArray"
 )
 
 
@@ -148,7 +149,8 @@ def _decode_node(kind: str, body: Any, get: Callable[[int], Any], path: str) -> 
             leaves, static = body
             values = {name: decode_tree(child, get, join(path, name)) for name, child in leaves.items()}
             made = _make(container, values | {name: decode_value(value, path) for name, value in static.items()}, path)
-            check_qarray(path, made)
+            if isinstance(made, QArray):
+                check_qarray(path, made)
             return made
     raise ValueError(f"{path}: a node of unknown kind {kind!r}; this version knows {ACCEPTED}")
 

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxquant import _store
+from jaxquant._outliers import OutlierArray
 from jaxquant._qarray import QArray, dequantize_array, from_codes, quantize_array
 from jaxquant._qtypes import QTYPES
 from jaxquant._spec import PRESETS, PerTensor, QuantConfig, QuantSpec, Rule, TensorSpec
@@ -141,6 +142,12 @@ def test_every_field_of_a_qarray(tmp_path):
     restored = load(tmp_path / "model")[0]
     assert restored.activation == static.activation
     assert restored.dtype == jnp.bfloat16
+
+
+def test_an_outlier_array(tmp_path):
+    index = jnp.asarray([[3], [9]], jnp.int32)
+    w = OutlierArray(random_qarray("int8"), random(2, 2, 5, dtype=jnp.bfloat16), index)
+    assert_same(round_trip(tmp_path, {"w": w}), {"w": w})
 
 
 class Model(nnx.Module):

@@ -256,7 +256,7 @@ def test_the_layers_that_are_right(format):
         ({"quant_method": "compressed-tensors", "config_groups": {"g": 3}}, "config_groups.g is malformed"),
         (
             {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["re:("], "weights": {}}}},
-            "targets",
+            "config_groups.g is malformed",
         ),
         (
             {"quant_method": "compressed-tensors", "config_groups": {"g": {}}, "transform_config": {"x": 1}},
