@@ -22,12 +22,15 @@ class Config:
         warpgroups: consumer warpgroups, each with 64 queries.
         ping_pong: whether a warpgroup waits its turn for the tensor cores, so that one multiplies while another
             computes its softmax; needs two warpgroups.
+        overlap: whether a warpgroup multiplies the next keys while it computes a tile's softmax, at the price of
+            registers for two tiles of scores.
     """
 
     block_kv: int = 128
     stages: int = 2
     warpgroups: int = 2
     ping_pong: bool = True
+    overlap: bool = False
 
     def __post_init__(self):
         if self.block_kv not in (64, 128, 192, 256):
@@ -36,6 +39,8 @@ class Config:
             raise ValueError(f"stages must be at least 2, got {self.stages}")
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}")
+        if self.overlap and (self.ping_pong or self.warpgroups > 2 or self.block_kv > 128):
+            raise ValueError(f"overlap needs at most 2 warpgroups, block_kv of 128 and no ping_pong, got {self}")
         if self.ping_pong and self.warpgroups != 2:
             raise ValueError(f"ping_pong needs 2 warpgroups, got {self.warpgroups}")
 

@@ -5,8 +5,8 @@ keys: scores = Q K^T (int8 or e4m3, wgmma), online softmax in base 2, P rounded 
 
 Three things keep the arithmetic around the products small, since it and the 512 cycles of exponentials per 64 x 128
 tile, not the products, are what limit the kernel:
-- int8 products start from the bit pattern of 1.5 * 2^23, so the int32 accumulator, read as float32, is already
-  1.5 * 2^23 + product; that constant leaves through the additive term of the exponent's FMA;
+- adding the bit pattern of 1.5 * 2^23 to an int32 product makes it the float32 1.5 * 2^23 + product; that constant
+  leaves through the additive term of the exponent's FMA;
 - a scale per query and per keys that one lane holds makes dequantization, the softmax scale and the subtraction of the
   maximum that one FMA;
 - 8-bit P V goes to a fresh accumulator per tile, and the sum's rescaling by exp2(old maximum - new maximum) is the same
@@ -164,19 +164,16 @@ def _kernel(
             tile = jnp.minimum(tile, k_scale_ref.shape[2] - 1)
             return plgpu.load(k_scale_ref.at[batch, kv_head, tile], layout=PER_COLUMN, optimized=False)
 
-        def step(masked: bool, tile, carry):
-            acc, maximum, total, k_scale = carry
-            slot = lax.rem(tile - begin, jnp.int32(stages))
-            next_k_scale = key_scales(tile + 1)
-            plgpu.barrier_wait(k_ready.at[slot])
+        def slot_of(tile):
+            return lax.rem(tile - begin, jnp.int32(stages))
 
-            def multiply_keys(scores_ref):
-                plgpu.wgmma(scores_ref, rows[1], k_smem.at[slot].T)
-                if config.ping_pong:
-                    _pass_turn(turn)
+        def issue_keys(scores_ref, tile):
+            """Starts Q K^T of a tile; past the last tile on whatever keys are there."""
+            pl.when(tile < end)(lambda: plgpu.barrier_wait(k_ready.at[slot_of(tile)]))
+            plgpu.wgmma(scores_ref, rows[1], k_smem.at[slot_of(tile)].T)
 
-            x = _wgmma(multiply_keys, (ROWS, block), scores_dtype)
-            plgpu.barrier_arrive(k_free.at[slot])
+        def weigh(masked: bool, tile, x, maximum, total, k_scale):
+            """The softmax of one tile of scores, against the running maximum."""
             if masked:
                 key = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=TILE) + tile * block
                 x = jnp.where(_is_visible(row_begin, key, kv_length, window), x, -jnp.inf)
@@ -187,7 +184,11 @@ def _kernel(
             shift = shift - along_rows(new_maximum, shift)
             p = jnp.exp2(x * repeat_columns(step_size, block) + repeat_columns(shift, block))
             decay = jnp.exp2(maximum - new_maximum)
-            total = total * decay + jnp.sum(p, axis=1)
+            return p, decay, new_maximum, total * decay + jnp.sum(p, axis=1)
+
+        def multiply_values(tile, p, decay, acc, total):
+            """Adds P V of one tile to the decayed sum."""
+            slot = slot_of(tile)
             if values_dtype is None:
                 weights, acc = p.astype(v_ref.dtype), acc * along_rows(decay, acc)
                 weights, acc, total = lax.optimization_barrier((weights, acc, total))
@@ -201,22 +202,57 @@ def _kernel(
             if values_dtype is None:
                 acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot]))(plgpu.ACC.init(acc))
             else:
-                part = _wgmma(lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot].T), acc.shape, values_dtype)
+                part = _product(lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot].T), acc.shape, values_dtype)
                 acc = acc * along_rows(decay, acc) + (part - MAGIC if values_dtype == INT8 else part)
             plgpu.barrier_arrive(v_free.at[slot])
-            return acc, new_maximum, total, next_k_scale
+            return acc, total
+
+        def step(masked: bool, tile, carry):
+            acc, maximum, total, k_scale = carry
+            next_k_scale = key_scales(tile + 1)
+
+            def multiply_keys(scores_ref):
+                issue_keys(scores_ref, tile)
+                if config.ping_pong:
+                    _pass_turn(turn)
+
+            x = _product(multiply_keys, (ROWS, block), scores_dtype)
+            plgpu.barrier_arrive(k_free.at[slot_of(tile)])
+            p, decay, maximum, total = weigh(masked, tile, x, maximum, total, k_scale)
+            acc, total = multiply_values(tile, p, decay, acc, total)
+            return acc, maximum, total, next_k_scale
+
+        def overlapped_step(masked: bool, tile, carry):
+            """The same with the scores of this tile in the carry, while those of the next are being computed."""
+            x, acc, maximum, total, k_scale = carry
+
+            def compute(scores_ref):
+                issue_keys(scores_ref, tile + 1)
+                next_k_scale = key_scales(tile + 1)
+                p, decay, new_maximum, new_total = weigh(masked, tile, x, maximum, total, k_scale)
+                new_acc, new_total = multiply_values(tile, p, decay, acc, new_total)
+                scores = _as_float(scores_ref[...], scores_dtype)
+                plgpu.barrier_arrive(k_free.at[slot_of(tile + 1)])
+                return scores, new_acc, new_maximum, new_total, next_k_scale
+
+            return pl.run_scoped(compute, plgpu.ACC((ROWS, block), _accumulator(scores_dtype)))
 
         def per_row(value):
             return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), PER_ROW)
 
         acc = plgpu.layout_cast(jnp.zeros((ROWS, q_ref.shape[3]), jnp.float32), TILE)
         carry = acc, per_row(LOWEST_MAXIMUM), per_row(0.0), key_scales(begin)
+        if config.overlap:
+            first = _product(lambda ref: issue_keys(ref, begin), (ROWS, block), scores_dtype)
+            plgpu.barrier_arrive(k_free.at[slot_of(begin)])
+            carry = first, *carry
+        advance = overlapped_step if config.overlap else step
         if full_begin is not begin:
-            carry = lax.fori_loop(begin, full_begin, functools.partial(step, True), carry)
-        carry = lax.fori_loop(full_begin, full_end, functools.partial(step, False), carry)
+            carry = lax.fori_loop(begin, full_begin, functools.partial(advance, True), carry)
+        carry = lax.fori_loop(full_begin, full_end, functools.partial(advance, False), carry)
         if full_end is not end:
-            carry = lax.fori_loop(full_end, end, functools.partial(step, True), carry)
-        acc, _, total, _ = carry
+            carry = lax.fori_loop(full_end, end, functools.partial(advance, True), carry)
+        acc, _, total, _ = carry[-4:]
         if config.ping_pong:
             pl.when(group == 0)(lambda: _pass_turn(turn))
 
@@ -293,13 +329,23 @@ def _pass_turn(turn):
     plgpu.barrier_wait(turn)
 
 
-def _wgmma(multiply, shape: tuple[int, int], dtype: jnp.dtype):
+def _product(multiply, shape: tuple[int, int], dtype: jnp.dtype):
     """A product in a fresh accumulator, as float32; an int8 one is MAGIC too large."""
-    if dtype == INT8:
-        start = plgpu.layout_cast(jnp.full(shape, MAGIC_BITS, jnp.int32), TILE)
-    else:
-        start = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), TILE)
-    return lax.bitcast_convert_type(pl.run_state(multiply)(plgpu.ACC.init(start)), jnp.float32)
+
+    def read(ref):
+        multiply(ref)
+        return _as_float(ref[...], dtype)
+
+    return pl.run_scoped(read, plgpu.ACC(shape, _accumulator(dtype)))
+
+
+def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.int32 if dtype == INT8 else jnp.float32)
+
+
+def _as_float(accumulator, dtype: jnp.dtype):
+    """An addition instead of a conversion, at a quarter of its cost."""
+    return lax.bitcast_convert_type(accumulator + MAGIC_BITS, jnp.float32) if dtype == INT8 else accumulator
 
 
 def _quantize_rows(q_ref, codes_ref, dtype: jnp.dtype):
