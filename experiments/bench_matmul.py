@@ -53,8 +53,9 @@ def _verify(item: dict) -> dict:
     from experiments import _int4, _workers
 
     options = {name: item[name] for name in ("m", "k", "n", "group", "dtype", "zero", "bias") if name in item}
+    check = _int4.compiled_check(_int4.problem(item["seed"], **options))
     with _workers.device_turn():
-        return _int4.verify(_int4.problem(item["seed"], **options))
+        return check()
 
 
 def _time_jax(item: dict) -> dict:
@@ -87,11 +88,13 @@ def _time_jax(item: dict) -> dict:
         weights = [make(key) for key in keys[1 : copies + 1]]
     program = jax.jit(lambda x, weights: [product(x, *[a for a in w if a is not None]) for w in weights])
     compiled = program.lower(x, weights).compile()
+    check = _int4.compiled_check(data) if item["what"] == "mosaic_gpu" else None
     with _workers.device_turn():
-        if item["what"] == "mosaic_gpu":
-            checked = _int4.verify(data)
+        if check:
+            checked = check()
             if not checked["ok"]:
                 return checked
+        _workers.stage("timing")
         kernel = _clock.kernel_microseconds(compiled, (x, weights), calls=len(weights))
         return checked | {
             "kernel_us": kernel,
@@ -205,7 +208,9 @@ def main():
             {"what": i, "shape": s, "m": m} for i in options.implementations for m in options.m for s in options.shapes
         ]
     items = [item | {"seed": secrets.randbelow(2**31)} for item in items]
-    results = _workers.run("experiments.bench_matmul", items, workers=options.workers, seconds=options.seconds)
+    results = _workers.run(
+        "experiments.bench_matmul", items, workers=options.workers, seconds=options.seconds, stall=15
+    )
     checks = [r for r in results if r["what"] == "verify"]
     if options.verify_only:
         print(f"verified {sum(r.get('ok', False) for r in checks)} of {len(VERIFY)} cases")

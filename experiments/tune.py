@@ -47,13 +47,21 @@ def measure(item: dict) -> dict:
     program = jax.jit(lambda x, weights: [product(x, *w) for w in weights])
 
     compiled = program.lower(data["x"], weights).compile()
+    check = _int4.compiled_check(data, config)
     with _workers.device_turn():
-        checked = _int4.verify(data, config)
+        checked = check()
         if not checked["ok"]:
             return checked
+        _workers.stage("timing")
         return checked | {
             "kernel_us": _clock.kernel_microseconds(compiled, (data["x"], weights), calls=len(weights), iterations=7)
         }
+
+
+def _kin(item: dict) -> tuple:
+    """What a hang is put down to: candidates that share it are not tried again."""
+    config = item["config"]
+    return tuple(config[name] for name in ("scale_after", "num_warpgroups", "split_k", "block_m", "block_k"))
 
 
 def best(results: list[dict]) -> list[dict]:
@@ -81,7 +89,9 @@ def main():
     if options.worker:
         return _workers.serve(measure)
     items = work(options.shapes, options.m)
-    results = _workers.run("experiments.tune", items, workers=options.workers, seconds=options.seconds)
+    results = _workers.run(
+        "experiments.tune", items, workers=options.workers, seconds=options.seconds, stall=15, kin=_kin
+    )
     failed = [r for r in results if not r.get("ok")]
     print(f"{len(items)} candidates, {len(results)} measured, {len(failed)} failed")
     for r in failed[:20]:

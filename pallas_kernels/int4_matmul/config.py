@@ -82,6 +82,8 @@ def supports(
         return None
     if num_groups > 1 and group_size % config.block_k and config.block_k % group_size:
         return f"block_k = {config.block_k} and groups of {group_size} do not divide one another"
+    if not config.scale_after and config.block_k < 2 * products_k(config.block_k, group_size):
+        return f"block_k = {config.block_k} is one product; scaling before it takes two, which alternate registers"
     used = config.shared_memory_bytes(group_size, has_zero_point)
     if used > SHARED_MEMORY_BYTES:
         return f"{used} bytes of shared memory, at most {SHARED_MEMORY_BYTES}"
@@ -94,8 +96,8 @@ def candidates(
     """The configurations worth trying for a problem."""
     few = m <= 64
     tokens = [max(8, 1 << (m - 1).bit_length())] if few else [128] if m <= 128 else [128, 256]
-    block_ks, warpgroups, splits = ((256, 512), (1, 2, 3, 4), (1, 2, 4)) if few else ((64, 128), (2,), (1, 2, 4))
-    if num_groups > 1 and k // num_groups == 32:
+    block_ks, warpgroups, splits = ((256, 512), (1, 2, 3, 4), (1, 2, 4)) if few else ((128,), (2,), (1, 2, 4))
+    if few and num_groups > 1 and k // num_groups == 32:
         block_ks += (128,)
     configs = []
     for block_m, block_k, count, split in itertools.product(tokens, block_ks, warpgroups, splits):
@@ -138,6 +140,11 @@ def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
     copy = max(weight_bytes / 30e3 * max(1.0, 48e3 / in_flight), (weight_bytes + x_bytes) / 60e3)
     compute = max(c.block_n * inputs * c.block_m / 2.9e6, c.block_n * inputs / 100e3 / min(1.0, c.num_warpgroups / 2))
     return 3.0 + waves * (max(copy, compute) + 0.7 + 0.3 * (c.split_k > 1))
+
+
+def products_k(block_k: int, group_size: int) -> int:
+    """Inputs of one product: a tile of the layout, or the part of it that shares a scale."""
+    return min(block_k, group_size, TILE)
 
 
 def num_clusters(split_k: int, num_sms: int = HOPPER_SMS) -> int:

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.int4_matmul.config import Config, num_clusters
+from pallas_kernels.int4_matmul.config import Config, num_clusters, products_k
 from pallas_kernels.int4_matmul.layout import CODE_OFFSET, TILE
 from pallas_kernels.int4_matmul.operand import MAGIC, ROWS, unpack_int4
 
@@ -71,7 +71,7 @@ class _Plan:
         self.scale_rows = max(1, config.block_k // self.group_size)
         # Inputs that share a scale inside a stage, and inputs of one call of wgmma.
         self.group_k = min(self.group_size, config.block_k)
-        self.wgmma_k = min(self.group_k, TILE)
+        self.wgmma_k = products_k(config.block_k, self.group_size)
         self.chunks = config.chunks
         self.chunk_m = config.block_m // config.chunks
         self.piece_m = min(self.chunk_m, 64)
@@ -261,7 +261,11 @@ def _product_scaled_after(plan: _Plan, warpgroup, smem, first, last, position):
 
 
 def _product_scaled_before(plan: _Plan, warpgroup, smem, first, last, position):
-    """One long product of scaled weights; a stage is given back when the next one's first product is under way."""
+    """One long product of scaled weights; a stage is given back when the next one's first product is under way.
+
+    wgmma reads its weights from registers while the next ones are unpacked, so that two sets of registers alternate:
+    a stage must hold an even number of products, or else the loop writes the very set that is being read.
+    """
     c = plan.config
 
     def multiply(acc):

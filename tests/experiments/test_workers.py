@@ -1,0 +1,43 @@
+import pathlib
+import time
+
+import pytest
+
+from experiments import _workers
+
+WORKER = """
+import sys, time
+from experiments import _workers
+
+def handle(item):
+    if item["does"] == "fail":
+        raise ValueError("no such thing")
+    with _workers.device_turn():
+        _workers.stage(item["does"])
+        if item["does"] == "hang":
+            time.sleep(60)
+    return {"twice": 2 * item["value"]}
+
+_workers.serve(handle)
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "worker_under_test.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{pathlib.Path(_workers.__file__).parents[1]}")
+    return "worker_under_test"
+
+
+def test_a_hang_costs_itself_and_its_kin_alone(module):
+    items = [{"value": i, "does": "work"} for i in range(3)]
+    items[1:1] = [{"value": 10, "does": "hang"}, {"value": 11, "does": "fail"}]
+    items.append({"value": 12, "does": "hang"})
+    start = time.monotonic()
+    answers = _workers.run(module, items, workers=2, seconds=30, stall=1.0, kin=lambda item: item["does"])
+    assert time.monotonic() - start < 20
+    found = {answer["value"]: answer for answer in answers}
+    assert [found[i]["twice"] for i in range(3)] == [0, 2, 4]
+    assert found[10]["error"] == "hung: hang"
+    assert found[11]["error"] == "ValueError: no such thing"
+    assert 12 not in found
