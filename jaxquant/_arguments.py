@@ -15,7 +15,7 @@ _ARRAYS = (QArray, jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What is static in a call: the tree of arguments, its leaves that are no arrays, and the path of each leaf."""
+    """What is static in a call: the tree of arguments, its leaves that are no arrays, and the path of each array."""
 
     tree: Any
     static: tuple[tuple[int, Any], ...]

@@ -93,12 +93,12 @@ def _scan(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, values
     carry_count = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body.jaxpr.outvars, strict=True))
     first = len(values) - xs_count - carry_count
     consts, carry, xs = values[:first], values[first : first + carry_count], values[first + carry_count :]
-    special = [interpreter.is_special(x) for x in xs]
+    special, stack = [interpreter.is_special(x) for x in xs], (*frame.stack, id(eqn))
     xs = [_sliceable(interpreter, frame, eqn, x) if flag else x for x, flag in zip(xs, special, strict=True)]
 
     def step(carry: list, slices: list) -> tuple[list, tuple[list, dict]]:
-        inputs = [interpreter.sliced(x) if interpreter.is_special(x) else x for x in slices]
-        outs, emitted = interpreter.run(body, [*consts, *carry, *inputs], (*frame.stack, id(eqn)))
+        inputs = [interpreter.sliced(x, stack) if interpreter.is_special(x) else x for x in slices]
+        outs, emitted = interpreter.run(body, [*consts, *carry, *inputs], stack)
         return _like(interpreter, frame, eqn, carry, outs[:carry_count]), (outs[carry_count:], emitted)
 
     def first_step(carry: list) -> list:
@@ -109,7 +109,7 @@ def _scan(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, values
     last, (ys, emitted) = jax.lax.scan(
         step, carry, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
     )
-    _absorb(interpreter, frame, interpreter.pool(emitted))
+    _absorb(interpreter, frame, interpreter.pool(emitted, stack))
     return [*last, *(interpreter.stacked(y) if interpreter.is_special(y) else y for y in ys)]
 
 
@@ -163,8 +163,8 @@ def _cond(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, values
                 out if same or not interpreter.is_special(out) else interpreter.lower(out, eqn, frame, _KEPT)
                 for out, same in zip(outs, kept, strict=True)
             ]
-            zeros = {name: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), form) for name, form in blank.items()}
-            return _arrays(outs, eqn.outvars, interpreter), zeros | emitted
+            absent = {name: interpreter.blank(form) for name, form in blank.items() if name not in emitted}
+            return _arrays(outs, eqn.outvars, interpreter), absent | emitted
 
         return run
 

@@ -69,17 +69,21 @@ class Interpreter:
         """A special value whose leaves all hold dimension 0, for a scan to slice; None when it has none."""
         raise NotImplementedError
 
-    def sliced(self, value: Value) -> Value:
-        """What `sliceable(value)` is inside the scan, its leaves having lost dimension 0."""
+    def sliced(self, value: Value, scan: tuple) -> Value:
+        """What `sliceable(value)` is inside the scan at that place, its leaves having lost dimension 0."""
         return value
 
     def stacked(self, value: Value) -> Value:
         """What a special value made in a scan is outside, its leaves having got dimension 0."""
         return value
 
-    def pool(self, emitted: dict[str, Any]) -> dict[str, Any]:
-        """Reduces what a scan emitted, dimension 0 being its steps."""
+    def pool(self, emitted: dict[str, Any], scan: tuple) -> dict[str, Any]:
+        """Reduces what the scan at that place emitted, dimension 0 being its steps."""
         return emitted
+
+    def blank(self, emitted: Any) -> Any:
+        """What is emitted where a rule did not run, from the abstract form of what it emits."""
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), emitted)
 
     def shards(self, value: Value, spec: Any, mesh: Any) -> tuple[Value, Any, Callable[[Value], Value]] | None:
         """(value, tree of specs, what makes the shard of its leaves) for `shard_map`; None when it must be lowered."""

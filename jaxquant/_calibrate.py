@@ -1,0 +1,168 @@
+"""`calibrate`: statistics of the inputs of every weight an algorithm is to round, from the float model."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant._arguments import Form, split_arguments
+from jaxquant._infer import infer_axes
+from jaxquant._observe import Observation, Observer, Watch
+from jaxquant._rules import Assignment, assign
+from jaxquant._spec import QuantConfig
+from jaxquant._statistics import Statistics, merge_statistics
+from jaxquant._tracking import track
+from jaxquant._tree import named_leaves
+from jaxquant.algorithms._apply import needed_statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What calibration saw: a pytree, so that it can be saved, sent between devices and merged.
+
+    Attributes:
+        statistics: by path of the weight; leaves have a leading dimension for each stack or expert axis.
+        axes: contracting axes by path, as the model's products sum over them.
+    """
+
+    statistics: dict[str, Statistics]
+    axes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def tokens(self) -> dict[str, jax.Array]:
+        """How many inputs each weight met; an array for stacks and experts."""
+        return {path: stats.count for path, stats in self.statistics.items()}
+
+    def merge(self, other: "Calibration") -> "Calibration":
+        """Joins the statistics of other tokens, from another batch, process or device.
+
+        Args:
+            other: of the same model and configuration.
+
+        Returns:
+            What one calibration over both would have given.
+
+        Raises:
+            ValueError: the two are of different weights.
+        """
+        if self.statistics.keys() != other.statistics.keys() or dict(self.axes) != dict(other.axes):
+            odd = sorted(self.statistics.keys() ^ other.statistics.keys())
+            raise ValueError(f"Calibration.merge: of different models or configurations; not in both: {odd[:5]}")
+        return Calibration(_merge(self.statistics, other.statistics), self.axes)
+
+
+def _flatten(calibration: Calibration) -> tuple[tuple, tuple]:
+    return (calibration.statistics,), tuple(sorted(calibration.axes.items()))
+
+
+jax.tree_util.register_pytree_node(
+    Calibration, _flatten, lambda axes, children: Calibration(children[0], dict(axes))
+)
+
+
+@jax.jit
+def _merge(held: dict[str, Statistics], new: dict[str, Statistics]) -> dict[str, Statistics]:
+    def one(path: str) -> Statistics:
+        merge = merge_statistics
+        for _ in range(held[path].count.ndim):
+            merge = jax.vmap(merge)
+        return merge(held[path], new[path])
+
+    return {path: one(path) for path in held}
+
+
+def calibrate(
+    apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any], config: QuantConfig
+) -> Calibration:
+    """Runs the float model over calibration batches and gathers what the configuration's algorithm needs.
+
+    One program a batch shape gathers the statistics of all weights, through scans, checkpoints, branches, attention and
+    experts; nothing about the model's structure has to be said.
+
+    Args:
+        apply_fn: the float model, called `apply_fn(params, batch)`, or `apply_fn(params, *batch)` for a tuple.
+        params: its parameters.
+        batches: calibration inputs, for example int tokens [sequences, T] each.
+        config: the order that `quantize` will be given.
+
+    Returns:
+        The statistics: `quantize(params, config, stats=...)` takes them.
+
+    Raises:
+        ValueError: no batch, or a weight that the algorithm is to round never meets an input.
+        NotImplementedError: a weight is used in a way whose statistics cannot be gathered; the message names it.
+
+    References:
+        Frantar et al. 2022, arXiv:2210.17323 (Hessians of layer inputs).
+
+    >>> from jaxquant.algorithms.gptq import gptq
+    >>> config = QuantConfig.preset("w4a16", algorithm=gptq())
+    >>> stats = calibrate(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((128, 8))}, [jnp.ones((4, 128))], config)
+    >>> stats.tokens["kernel"].item()
+    4.0
+    """
+    total, observe, watches = None, None, {}
+    for batch in batches:
+        args = batch if isinstance(batch, tuple) else (batch,)
+        if observe is None:
+            axes = infer_axes(apply_fn, params, *args)
+            watches = plan_watches(assign(params, config, axes), params, config)
+            observe = make_observer(apply_fn, watches)
+        seen = observe(*split_arguments((params, *args), {}))
+        check_reached(watches, seen)
+        total = seen if total is None else _merge(total, seen)
+    if total is None:
+        raise ValueError("calibrate: batches is empty; give at least one calibration batch")
+    return Calibration(total, {path: watch.axis for path, watch in watches.items()})
+
+
+def plan_watches(assignments: Mapping[str, Assignment], params: Any, config: QuantConfig) -> dict[str, Watch]:
+    """What to gather for each weight that a configuration quantizes with the help of data."""
+    watches = {}
+    for path, leaf in named_leaves(params):
+        chosen = assignments[path]
+        if chosen.spec is not None and (needs := needed_statistics(config.algorithm, chosen.spec)):
+            watches[path] = Watch(tuple(leaf.shape), chosen.axis, needs)
+    return watches
+
+
+def check_reached(watches: Mapping[str, Watch], found: Mapping[str, Any]) -> None:
+    """Raises where a weight met no input."""
+    missing = [path for path in watches if path not in found]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{missing[0]}{more}: no product of the model ever used this weight, so there are no statistics to quantize"
+            f" it by; leave it with Rule({missing[0]!r}, None)"
+        )
+
+
+def make_observer(
+    fn: Callable[..., Any], watches: Mapping[str, Watch]
+) -> Callable[[Form, list], dict[str, Statistics]]:
+    """A jitted function from the split arguments of a call to the statistics of the watched parameters."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def observe(form: Form, arrays: list) -> dict[str, Statistics]:
+        jaxpr = jax.make_jaxpr(lambda *arrays: form.call(fn, arrays))(*arrays)
+        values = [
+            track(array, path if path in watches else None) for array, path in zip(arrays, form.paths, strict=True)
+        ]
+        _, emitted = Observer(watches).run(jaxpr, values)
+        return {path: _finished(path, observed, watches[path]) for path, observed in emitted.items()}
+
+    return observe
+
+
+def _finished(path: str, observed: Observation, watch: Watch) -> Statistics:
+    """The statistics of a whole parameter, its stack and expert axes in front."""
+    leading = tuple(range(-len(watch.shape), len(observed.lead) - len(watch.shape)))
+    if observed.lead != leading:
+        raise NotImplementedError(
+            f"{path}: its matrices are stacked along axes {observed.lead}, and only leading ones are accepted; leave it"
+            f" with Rule({path!r}, None)"
+        )
+    return observed.stats

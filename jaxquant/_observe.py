@@ -1,0 +1,245 @@
+"""Gathers the statistics of the inputs that meet chosen parameters, as results of the traced float program itself."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxquant._interpreter import Frame
+from jaxquant._statistics import Statistics, init_statistics, merge_statistics, update_statistics
+from jaxquant._tracking import Meeting, Tracked, Tracker
+
+EMPTY = {"low": jnp.inf, "high": -jnp.inf, "exponent": -126, "priority": -1.0}  # of fields whose zero is no neutral
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """What to gather for one parameter.
+
+    Attributes:
+        shape: the parameter's shape.
+        axis: its contracting axes, negative and ascending.
+        needs: names out of `jaxquant._statistics.NEEDS`.
+    """
+
+    shape: tuple[int, ...]
+    axis: tuple[int, ...]
+    needs: frozenset[str]
+
+    @property
+    def channels(self) -> int:
+        """K."""
+        return math.prod(self.shape[a] for a in self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """Statistics on their way out of the program.
+
+    Attributes:
+        stats: the leaves have one leading dimension for each of `lead`.
+        lead: the parameter's own dimensions they stand for.
+        scans: own dimensions that scans further out will add, each with the scan's place in the program.
+    """
+
+    stats: Statistics
+    lead: tuple[int, ...]
+    scans: tuple[tuple[int, tuple], ...]
+
+
+jax.tree_util.register_dataclass(Observation, data_fields=["stats"], meta_fields=["lead", "scans"])
+
+
+class Observer(Tracker):
+    """Emits an `Observation` under the path of each watched parameter that meets an input."""
+
+    def __init__(self, watches: Mapping[str, Watch]) -> None:
+        """Takes what to gather, by path."""
+        self.watches = watches
+
+    def product(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array, meeting: Meeting) -> None:
+        """Gathers the rows that meet a matrix, or each matrix of a batch."""
+        watch = self.watches.get(value.path)
+        if watch is None:
+            return
+        rows, lead = input_rows(x, value, meeting, watch)
+        self.gather(frame, value, watch, rows, lead, live_rows(rows) if lead else None)
+
+    def ragged(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array, sizes: jax.Array) -> None:
+        """Gathers for each expert the rows sorted to it."""
+        watch = self.watches.get(value.path)
+        if watch is None:
+            return
+        check_axes(value, (1,), watch)
+        ends = jnp.cumsum(sizes)
+        row = jnp.arange(x.shape[0], dtype=ends.dtype)
+        mine = jax.vmap(lambda start, end: (row >= start) & (row < end))(ends - sizes, ends)
+        shared = jnp.broadcast_to(x, (mine.shape[0], *x.shape))
+        self.gather(frame, value, watch, shared, value.dims[0], mine.astype(jnp.float32))
+
+    def convolution(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array) -> None:
+        """Gathers the patches under the window."""
+        watch = self.watches.get(value.path)
+        if watch is None:
+            return
+        check_axes(value, eqn.params["dimension_numbers"].rhs_spec[1:], watch)
+        self.gather(frame, value, watch, patches(x, eqn.params, value, watch), (), None)
+
+    def gather(
+        self,
+        frame: Frame,
+        value: Tracked,
+        watch: Watch,
+        rows: jax.Array,
+        lead: tuple[int, ...],
+        weights: jax.Array | None,
+    ) -> None:
+        """Emits the statistics of rows [*lead, T, K]."""
+        stats = rows_statistics(rows, watch, len(lead), weights)
+        for own, index in zip(value.picked, value.indices, strict=True):
+            if own not in watch.axis and own < watch.axis[0]:
+                stats, lead = _place(stats, watch.shape[own], index), (own, *lead)
+        order = tuple(sorted(range(len(lead)), key=lead.__getitem__))
+        stats = jax.tree.map(lambda leaf: leaf.transpose(*order, *range(len(lead), leaf.ndim)), stats)
+        scans = tuple((own, scan) for own, scan in value.scans)
+        self.emit(frame, value.path, Observation(stats, tuple(sorted(lead)), scans))
+
+    def join(self, held: Observation, new: Observation) -> Observation:
+        """Pools two uses of one parameter."""
+        if (held.lead, held.scans) != (new.lead, new.scans):
+            raise NotImplementedError(
+                "a parameter is used both as a stack of matrices and as one; leave it with Rule(path, None)"
+            )
+        merge = merge_statistics
+        for _ in held.lead:
+            merge = jax.vmap(merge)
+        return Observation(merge(held.stats, new.stats), held.lead, held.scans)
+
+    def pool(self, emitted: dict[str, Observation], scan: tuple) -> dict[str, Observation]:
+        """A parameter that the scan sliced gets its leading dimension back; one used in each step pools over steps."""
+        return {path: self._pool(observed, scan) for path, observed in emitted.items()}
+
+    def _pool(self, observed: Observation, scan: tuple) -> Observation:
+        owns = [own for own, place in observed.scans if place == scan]
+        if not owns:
+            inner = dataclasses.replace(observed, stats=jax.tree.map(lambda leaf: leaf[0], observed.stats))
+            rest = dataclasses.replace(observed, stats=jax.tree.map(lambda leaf: leaf[1:], observed.stats))
+            return jax.lax.scan(lambda held, new: (self.join(held, new), None), inner, rest)[0]
+        lead = (*owns, *observed.lead)
+        order = tuple(sorted(range(len(lead)), key=lead.__getitem__))
+        stats = jax.tree.map(lambda leaf: leaf.transpose(*order, *range(len(lead), leaf.ndim)), observed.stats)
+        left = tuple(entry for entry in observed.scans if entry[1] != scan)
+        return Observation(stats, tuple(sorted(lead)), left)
+
+    def blank(self, emitted: Observation) -> Observation:
+        """The statistics of no token."""
+        return dataclasses.replace(emitted, stats=_nothing(emitted.stats))
+
+
+def _nothing(form: Statistics) -> Statistics:
+    """Statistics of zero tokens in the shapes of others."""
+    fields = {f.name: getattr(form, f.name) for f in dataclasses.fields(form)}
+    return Statistics(**{
+        name: None if leaf is None else jnp.full(leaf.shape, EMPTY.get(name, 0), leaf.dtype)
+        for name, leaf in fields.items()
+    })  # fmt: skip
+
+
+def _place(stats: Statistics, size: int, index: jax.Array) -> Statistics:
+    """Statistics of one index of a stack, as those of the stack."""
+    form = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), stats)
+    return jax.tree.map(lambda whole, leaf: whole.at[index].set(leaf), _nothing(form), stats)
+
+
+def rows_statistics(
+    rows: jax.Array, watch: Watch, batch_dims: int, weights: jax.Array | None
+) -> Statistics:
+    """The statistics of rows [*batch, T, K], each leaf with the batch's dimensions in front."""
+
+    def one(rows: jax.Array, weights: jax.Array | None) -> Statistics:
+        return update_statistics(init_statistics(watch.needs, watch.channels), rows, weights=weights)
+
+    for _ in range(batch_dims):
+        one = jax.vmap(one)
+    return one(rows, weights)
+
+
+def live_rows(rows: jax.Array) -> jax.Array:
+    """1 for each row that holds anything: an expert's places not taken are rows of zeros."""
+    return jnp.any(rows != 0, axis=-1).astype(jnp.float32)
+
+
+def check_axes(value: Tracked, dims: Any, watch: Watch) -> None:
+    """Raises unless these dimensions of a value are the watched axes in full."""
+    own = tuple(sorted({own for d in dims for own in value.dims[d]}))
+    size = math.prod(value.array.shape[d] for d in dims)
+    if own != watch.axis:
+        raise NotImplementedError(
+            f"{value.path}: a product sums over its axes {own}, but it is to be quantized along {watch.axis};"
+            f" give Rule({value.path!r}, spec, axis={own}), or leave it with Rule({value.path!r}, None)"
+        )
+    if size != watch.channels:
+        raise NotImplementedError(
+            f"{value.path}: a product sums over {size} of its {watch.channels} input channels; calibration needs all of"
+            f" them in one product: leave it with Rule({value.path!r}, None), or quantize without an algorithm"
+        )
+
+
+def input_rows(
+    x: jax.Array, value: Tracked, meeting: Meeting, watch: Watch
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """Brings the inputs of a product to rows.
+
+    Args:
+        x: the input.
+        value: the parameter it meets.
+        meeting: how they meet.
+        watch: the parameter's contracting axes.
+
+    Returns:
+        ([*lead, T, K], the parameter's own dimensions that `lead` stands for).
+
+    Raises:
+        NotImplementedError: the product sums over other axes or over a part of them.
+    """
+    check_axes(value, meeting.w_contract, watch)
+    summed = sorted(zip(meeting.w_contract, meeting.x_contract, strict=True), key=lambda pair: value.dims[pair[0]])
+    batches = [(value.dims[w], x_dim) for w, x_dim in zip(meeting.w_batch, meeting.x_batch, strict=True)]
+    stacked = sorted((own, d) for own, d in batches if own)
+    free = [d for d in range(x.ndim) if d not in meeting.x_contract and d not in [d for _, d in stacked]]
+    lead = tuple(own for owns, _ in stacked for own in owns)
+    sizes = [watch.shape[own] for own in lead]
+    order = [*(d for _, d in stacked), *free, *(d for _, d in summed)]
+    return x.transpose(order).reshape(*sizes, -1, watch.channels), lead
+
+
+def patches(x: jax.Array, params: Mapping[str, Any], value: Tracked, watch: Watch) -> jax.Array:
+    """The rows that a convolution multiplies its kernel with, in the kernel's own order of input channels.
+
+    Raises:
+        NotImplementedError: the convolution has groups.
+    """
+    numbers = params["dimension_numbers"]
+    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        raise NotImplementedError(
+            f"{value.path}: calibration of a convolution in groups; leave it with Rule({value.path!r}, None)"
+        )
+    window = [value.array.shape[d] for d in numbers.rhs_spec[2:]]
+    channels = value.array.shape[numbers.rhs_spec[1]]
+    cut = jax.lax.conv_general_dilated_patches(
+        x,
+        window,
+        params["window_strides"],
+        params["padding"],
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        dimension_numbers=jax.lax.ConvDimensionNumbers(numbers.lhs_spec, numbers.rhs_spec, numbers.lhs_spec),
+    )
+    rows = jnp.moveaxis(cut, numbers.lhs_spec[1], -1).reshape(-1, channels, *window)
+    dims = [value.dims[d] for d in numbers.rhs_spec[1:]]  # of the channels and of the window, in the order of `rows`
+    order = sorted(range(len(dims)), key=dims.__getitem__)
+    return rows.transpose(0, *(1 + place for place in order)).reshape(-1, watch.channels)
