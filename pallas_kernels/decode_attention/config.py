@@ -1,0 +1,82 @@
+"""How the Hopper decode kernel cuts its work, and what it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+SHARED_MEMORY_BYTES = 227 * 1024  # of one multiprocessor
+MULTIPROCESSORS = 132
+HEAD_DIMS = (64, 128)
+LARGEST_GROUP = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel tiles its work.
+
+    Attributes:
+        block: tokens of one tile.
+        stages: tiles in flight of one block of threads.
+        split: blocks of one cluster, which share the context of a sequence and head.
+    """
+
+    block: int = 64
+    stages: int = 3
+    split: int = 1
+
+    def __post_init__(self):
+        if self.block not in (64, 128):
+            raise ValueError(f"block must be 64 or 128, got {self.block}")
+        if self.stages < 1:
+            raise ValueError(f"stages must be positive, got {self.stages}")
+        if self.split not in (1, 2, 4, 8):
+            raise ValueError(f"split must be 1, 2, 4 or 8, got {self.split}")
+
+
+def default_config(q: jax.Array, k: jax.Array, capacity: int) -> Config:
+    """The configuration used when the caller names none: about 48 KB in flight, whole waves of blocks."""
+    stages = max(2, 49152 // (2 * 64 * q.shape[2] * k.dtype.itemsize))
+    pairs = q.shape[0] * k.shape[1]
+    slots = MULTIPROCESSORS * max(1, SHARED_MEMORY_BYTES // shared_memory(q, k, Config(64, stages, 1)))
+
+    def waste(split: int) -> float:
+        waves = -(-pairs * split // slots)
+        return waves * slots / (pairs * split)
+
+    usable = [split for split in (1, 2, 4, 8) if split == 1 or capacity >= split * 64 * 2]
+    return Config(64, stages, min(usable, key=lambda split: (waste(split) > 1.1 * min(map(waste, usable)), split)))
+
+
+def supports(q: jax.Array, k: jax.Array, page_size: int | None, config: Config) -> str | None:
+    """Returns why the Hopper kernel cannot compute this call, or None if it can."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"q must be bfloat16 or float16, got {q.dtype}"
+    if k.dtype not in (q.dtype, jnp.int8, jnp.float8_e4m3fn):
+        return f"k must be {q.dtype}, int8 or float8_e4m3fn, got {k.dtype}"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"head_dim must be one of {HEAD_DIMS}, got {q.shape[-1]}"
+    if q.shape[1] // k.shape[1] > LARGEST_GROUP:
+        return f"at most {LARGEST_GROUP} query heads may share keys, got {q.shape[1]} over {k.shape[1]}"
+    tokens = k.shape[2]
+    if tokens % 16 or (page_size is not None and page_size % config.block):
+        return f"the capacity must be a multiple of 16 and a page of {config.block} tokens, got {tokens}, {page_size}"
+    if 0 in q.shape or 0 in k.shape:
+        return f"empty operands: q {q.shape}, k {k.shape}"
+    bytes_needed = shared_memory(q, k, config)
+    if bytes_needed > SHARED_MEMORY_BYTES:
+        return f"{config} needs {bytes_needed} bytes of shared memory, Hopper has {SHARED_MEMORY_BYTES}"
+    return None
+
+
+def padded_group(heads: int, kv_heads: int) -> int:
+    """Query heads that share keys, as columns of a product: a multiple of 8."""
+    return -(-(heads // kv_heads) // 8) * 8
+
+
+def shared_memory(q: jax.Array, k: jax.Array, config: Config) -> int:
+    """Bytes of shared memory of one block, with 2 KB for barriers and reductions."""
+    head_dim, group = q.shape[2], padded_group(q.shape[1], k.shape[1])
+    tile = 2 * config.block * (head_dim * k.dtype.itemsize + (4 if k.dtype.itemsize == 1 else 0))
+    partial = (config.split - 1) * (head_dim + 128) * group * 4
+    return config.stages * tile + group * (2 * head_dim + config.block) * 2 + partial + 2048
