@@ -15,10 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant._activation import Dims, free_size, prepare, quantize_activation
+from jaxquant._activation import Dims, free_size, prepare, quantize_activation, to_x_dims
 from jaxquant._numerics import expand_grid
 from jaxquant._qarray import QArray, codes_of
-from jaxquant._qtypes import decode_codes
+from jaxquant._qtypes import as_signed, decode_codes
 from jaxquant._views import Unrepresentable, packed_dim, refine, reshape, transpose, with_leading
 
 
@@ -124,7 +124,8 @@ def contract(x: jax.Array | QArray, w: QArray, dims: Dims) -> jax.Array:
     """Sums the product over the contracting dimensions, cell by cell.
 
     Few rows are multiplied with all cells at once, as a batch; more rows than a cell has elements go through a scan over
-    the cells, so that the partial products never outgrow the weight.
+    the cells, so that the partial products never outgrow the weight. Where cells are so small that scaling x is less work
+    than scaling partial products, x is scaled.
 
     Args:
         x: floating or quantized activation, prepared.
@@ -136,12 +137,16 @@ def contract(x: jax.Array | QArray, w: QArray, dims: Dims) -> jax.Array:
     """
     counts = cell_counts(x, w, dims)
     blocked = next((i for i, count in enumerate(counts) if count > 1), None)
-    if blocked is None or free_size(x, dims) * counts[blocked] <= w.shape[dims.w_contract[blocked]]:
+    if blocked is None:
         return _batched(x, w, dims, counts)
     try:
-        return scan_cells(contract, x, w, dims, blocked, counts[blocked])
+        if _folding_is_smaller(w, dims, counts):
+            return _folded(_float_values(x, jnp.float32) * x.scale if isinstance(x, QArray) else x, w, dims)
+        if free_size(x, dims) * counts[blocked] > w.shape[dims.w_contract[blocked]]:
+            return scan_cells(contract, x, w, dims, blocked, counts[blocked])
     except Unrepresentable:  # cells of a table format that do not end on a byte
-        return _batched(x, w, dims, counts)
+        pass
+    return _batched(x, w, dims, counts)
 
 
 def scan_cells(
@@ -172,18 +177,49 @@ def cell_counts(x: jax.Array | QArray, w: QArray, dims: Dims) -> list[int]:
 
 def _lead(v: jax.Array | QArray, dim: int, cells: int) -> jax.Array | QArray:
     """Splits a dimension into cells and brings them to the front."""
-    length = v.padded if isinstance(v, QArray) and dim == packed_dim(v) else v.shape[dim]
-    split = [*v.shape[:dim], cells, length // cells, *v.shape[dim + 1 :]]
+    if isinstance(v, QArray):
+        v = _as_unpadded(v)
+    split = [*v.shape[:dim], cells, v.shape[dim] // cells, *v.shape[dim + 1 :]]
     front = (dim, *range(dim), *range(dim + 1, v.ndim + 1))
     if not isinstance(v, QArray):
         return jnp.transpose(v.reshape(split), front)
-    return with_leading(transpose(reshape(_as_unpadded(v), split), front))
+    return with_leading(transpose(reshape(v, split), front))
 
 
 def _as_unpadded(q: QArray) -> QArray:
     """Calls group padding part of the weight: x is padded alike."""
     shape = [q.padded if d == packed_dim(q) else n for d, n in enumerate(q.shape)]
     return dataclasses.replace(q, trailing=tuple(shape[len(q.lead) :]))
+
+
+def _folding_is_smaller(w: QArray, dims: Dims, counts: list[int]) -> bool:
+    """Whether scaling x for each cell of the free dimensions makes less than a partial product for each cell summed over.
+
+    So it is where the scale lies along what is summed: a per-channel weight met from its output side.
+    """
+    shape, free = _as_unpadded(w).shape, dims.w_free(w.ndim)
+    partial = math.prod(shape[d] for d in free) * math.prod(counts)
+    folded = math.prod(shape[d] for d in dims.w_contract) * math.prod(w.scale.shape[d] for d in free)
+    return folded < partial
+
+
+def _folded(x: jax.Array, w: QArray, dims: Dims) -> jax.Array:
+    """The product with the scale multiplied into x, once for each cell of the free dimensions."""
+    free = dims.w_free(w.ndim)
+    varying = next((d for d in free if w.scale.shape[d] > 1), None)
+    if varying is not None:
+        cells = _lead(w, varying, w.scale.shape[varying])
+        parts = jnp.moveaxis(
+            jax.lax.map(lambda cell: _folded(x, cell, dims), cells), 0, free.index(varying) - len(free) - 1
+        )
+        place = parts.ndim - len(free) - 1 + free.index(varying)
+        return parts.reshape(*parts.shape[:place], -1, *parts.shape[place + 2 :])
+    scale = w.scale.astype(jnp.float32)
+    for d in (*dims.w_contract, *dims.w_batch):
+        scale = refine(scale, d, _as_unpadded(w).shape[d])
+    scaled = x.astype(jnp.float32) * to_x_dims(scale, dims, x.ndim)
+    numbers = ((dims.x_contract, dims.w_contract), (dims.x_batch, dims.w_batch))
+    return jax.lax.dot_general(scaled, _float_values(w, jnp.float32), numbers, preferred_element_type=jnp.float32)
 
 
 class _Side(NamedTuple):
@@ -254,9 +290,8 @@ def _integer_values(q: QArray) -> tuple[jax.Array, jax.Array | None]:
     if q.zero_point is None:
         return codes.astype(jnp.int8), None
     if q.format.packed:
-        return codes.astype(jnp.int8) - expand_grid(q.zero_point.astype(jnp.int8), codes.shape), None
-    centred = jax.lax.bitcast_convert_type(codes ^ jnp.uint8(128), jnp.int8)
-    return centred, q.zero_point.astype(jnp.int32) - 128
+        return as_signed(codes - expand_grid(q.zero_point, codes.shape)), None
+    return as_signed(codes ^ jnp.uint8(128)), q.zero_point.astype(jnp.int32) - 128
 
 
 def _cell_products(a: _Side, b: _Side, counts: list[int], accumulator: jnp.dtype) -> jax.Array:

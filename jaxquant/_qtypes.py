@@ -204,8 +204,19 @@ def unpack_codes(packed: jax.Array, qtype: QType, axis: int) -> jax.Array:
     else:
         moves = [[(byte, -shift) for code, byte, shift in places if code == target] for target in range(count)]
         codes = _gather_bits(bytes_, axis + 1, moves)
-    codes = (codes & jnp.uint8(2**qtype.bits - 1)) - jnp.uint8(qtype.offset)
-    return codes.astype(qtype.code_dtype).reshape(*lead, packed.shape[axis] * 8 // qtype.bits, *trail)
+    codes = (codes & jnp.uint8(2**qtype.bits - 1)).reshape(*lead, packed.shape[axis] * 8 // qtype.bits, *trail)
+    return as_signed(codes - jnp.uint8(qtype.offset)) if qtype.kind == "int" else codes
+
+
+def as_signed(codes: jax.Array) -> jax.Array:
+    """Reads uint8 as int8, bit for bit.
+
+    `astype` would do, but the CPU backend of jax 0.11.2 saturates that conversion where it fuses it into a product.
+
+    >>> as_signed(jnp.asarray([255, 1], jnp.uint8)).tolist()
+    [-1, 1]
+    """
+    return jax.lax.bitcast_convert_type(codes, jnp.int8)
 
 
 def decode_codes(codes: jax.Array, qtype: QType, dtype: np.dtype | type = jnp.float32) -> jax.Array:

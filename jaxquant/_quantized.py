@@ -57,6 +57,29 @@ def quantized(fn: Callable[..., Any], on_dense: OnDense = "record") -> Callable[
     return wrapped
 
 
+def einsum(subscripts: str, *operands: jax.Array | QArray, **kwargs: Any) -> jax.Array:
+    """Sums products as `jnp.einsum` does, with quantized weights among the operands.
+
+    Args:
+        subscripts: the sum, as for `jnp.einsum`.
+        *operands: arrays and QArrays.
+        **kwargs: as for `jnp.einsum`.
+
+    Returns:
+        The result; a weight that meets no product is dequantized.
+
+    >>> from jaxquant._qarray import quantize_array
+    >>> from jaxquant._spec import PRESETS
+    >>> w = quantize_array(jnp.ones((4, 128, 16)), PRESETS["w4a16"])
+    >>> einsum("btd,ndh->btnh", jnp.ones((2, 3, 128)), w).shape
+    (2, 3, 4, 16)
+    """
+    return _einsum(subscripts, *operands, **kwargs)
+
+
+_einsum = quantized(jnp.einsum)
+
+
 def _execute(fn: Callable[..., Any], form: Form, arrays: list, on_dense: OnDense) -> tuple[Any, dict[tuple, Use]]:
     """Traces the float model and evaluates it: its result, and what became of each weight."""
     placeholders = [jax.ShapeDtypeStruct(a.shape, a.dtype) if isinstance(a, QArray) else a for a in arrays]

@@ -14,6 +14,10 @@ from jaxquant._tree import is_quantized, named_leaves, nearest_paths
 MAX_WINDOW = 16  # of a convolution not known by its name
 
 
+# Below this many elements a sum is no matrix product worth quantizing: depthwise kernels, mixing vectors.
+LEAST_CONTRACTION = 16
+
+
 @dataclasses.dataclass(frozen=True)
 class Assignment:
     """What the configuration decided for one parameter.
@@ -92,8 +96,8 @@ def _assign_leaf(path: str, leaf: Any, config: QuantConfig, axis_of: Callable[[s
     if config.default is None:
         return dataclasses.replace(left, reason="no rule speaks of it")
     axis = axis_of(path)
-    if math.prod(shape[a] for a in axis) == 1:
-        return dataclasses.replace(left, reason=f"contracting axes {axis} of one element: no matrix")
+    if (length := math.prod(shape[a] for a in axis)) < LEAST_CONTRACTION:
+        return dataclasses.replace(left, reason=f"sums over {length} elements only: scales would outweigh codes")
     return Assignment(config.default, axis, "default")
 
 

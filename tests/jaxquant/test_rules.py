@@ -111,7 +111,7 @@ def test_what_is_no_matrix_is_left_with_a_reason():
     assert reasons["vector"] == "a vector stays in float"
     assert reasons["scalar"] == "a scalar stays in float"
     assert reasons["ids"] == "dtype int32 is not floating"
-    assert reasons["cls"] == "contracting axes (-2,) of one element: no matrix"
+    assert reasons["cls"] == "sums over 1 elements only: scales would outweigh codes"
     assert reasons["done"] == "already quantized"
     assert "is not floating" in reasons["float0"]
     assert "is not floating" in reasons["key"]
