@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from experiments._clock import rotations
 from experiments._workers import stage
-from pallas_kernels.int4_matmul import dequantize, int4_matmul, pack
+from pallas_kernels.int4_matmul import dequantize, pack
 
 # Outputs are rounded to 16 bits once and, when scaled before the product, so are the weights: each is off by at most
 # half an eps of its own size, so that the norm of the error stays under one eps of the norm of the result.
@@ -48,36 +48,39 @@ def relative_error(out, x, qweight, scale, zero, bias):
 
 @functools.lru_cache(maxsize=2)
 def _compiled_error(*shapes):
-    # Candidate kernels must not be timed on the device while this is compiled and another worker measures.
-    return relative_error.lower(*shapes).compile(compiler_options={"xla_gpu_autotune_level": 0})
+    # By cuBLAS, unsearched: the device must be still while another worker measures.
+    options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    return relative_error.lower(*shapes).compile(compiler_options=options)
 
 
-def compiled_check(data: dict, config=None) -> Callable[[], dict]:
-    """Compile the check of the kernel on the first weight.
+def compiled_check(data: dict, run: Callable[[], jax.Array]) -> Callable[[], dict]:
+    """Compile the check of the product with the first weight.
+
+    Args:
+      data: a problem.
+      run: the product.
 
     Returns:
-      A function that runs the kernel twice over poisoned memory and returns its error, and whether both runs agree
+      A function that runs the product twice over poisoned memory and returns its error, and whether both runs agree
       bit for bit.
     """
     qweight, scale, zero = data["weights"][0]
-    product = lambda x, q, s, z, b: int4_matmul(x, q, s, z, bias=b, implementation="mosaic_gpu", config=config)  # noqa: E731
     operands = (data["x"], qweight, scale, zero, data["bias"])
-    run = jax.jit(product).lower(*operands).compile()
-    shape = (data["x"].shape[0], scale.shape[1])
-    out = jax.ShapeDtypeStruct(shape, data["x"].dtype)
-    measure = _compiled_error(*jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (out, *operands)))
+    shape, dtype = (data["x"].shape[0], scale.shape[1]), data["x"].dtype
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), operands)
+    error_of = _compiled_error(jax.ShapeDtypeStruct(shape, dtype), *shapes)
 
     def check() -> dict:
         outs = []
         for _ in range(2):
-            poison = [jnp.full(shape, jnp.nan, data["x"].dtype) for _ in range(4)]
+            poison = [jnp.full(shape, jnp.nan, dtype) for _ in range(4)]
             jax.block_until_ready(poison)
             del poison
             stage("the kernel")
-            outs.append(jax.block_until_ready(run(*operands)))
+            outs.append(jax.block_until_ready(run()))
         stage("its error")
-        error = float(measure(outs[0], *operands))
+        error = float(error_of(outs[0], *operands))
         same = bool((outs[0].view(jnp.int16) == outs[1].view(jnp.int16)).all())
-        return {"relative_error": error, "deterministic": same, "ok": error <= TOLERANCE[data["x"].dtype.name] and same}
+        return {"relative_error": error, "deterministic": same, "ok": error <= TOLERANCE[dtype.name] and same}
 
     return check

@@ -50,10 +50,20 @@ def measure(item: dict) -> dict:
 
 
 def _verify(item: dict) -> dict:
+    import jax
+
     from experiments import _int4, _workers
+    from pallas_kernels.int4_matmul import int4_matmul
 
     options = {name: item[name] for name in ("m", "k", "n", "group", "dtype", "zero", "bias") if name in item}
-    check = _int4.compiled_check(_int4.problem(item["seed"], **options))
+    data = _int4.problem(item["seed"], **options)
+    operands = (data["x"], *data["weights"][0])
+    run = (
+        jax.jit(functools.partial(int4_matmul, implementation="mosaic_gpu"))
+        .lower(*operands, bias=data["bias"])
+        .compile()
+    )
+    check = _int4.compiled_check(data, lambda: run(*operands, bias=data["bias"]))
     with _workers.device_turn():
         return check()
 
@@ -88,7 +98,7 @@ def _time_jax(item: dict) -> dict:
         weights = [make(key) for key in keys[1 : copies + 1]]
     program = jax.jit(lambda x, weights: [product(x, *[a for a in w if a is not None]) for w in weights])
     compiled = program.lower(x, weights).compile()
-    check = _int4.compiled_check(data) if item["what"] == "mosaic_gpu" else None
+    check = item["what"] == "mosaic_gpu" and _int4.compiled_check(data, lambda: compiled(x, weights)[0])
     with _workers.device_turn():
         if check:
             checked = check()

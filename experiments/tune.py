@@ -6,22 +6,24 @@ python -m experiments.tune --op int4 --seconds 300 --json tuned.json [--shapes .
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 
 from pallas_kernels.int4_matmul.cases import SHAPES
-from pallas_kernels.int4_matmul.config import Config, candidates
+from pallas_kernels.int4_matmul.config import Config, candidates, predicted_microseconds
 
 GROUP = 128
+CANDIDATES = 12
 
 
 def work(shapes: list[str], tokens: list[int]) -> list[dict]:
-    """Every candidate of every problem."""
-    return [
-        {"shape": shape, "m": m, "config": dataclasses.asdict(config)}
-        for m in tokens
-        for shape in shapes
-        for config in candidates(m, *SHAPES[shape], SHAPES[shape][0] // GROUP)
-    ]
+    """The candidates of every problem that the cost model likes best."""
+    items = []
+    for m, shape in itertools.product(tokens, shapes):
+        k, n = SHAPES[shape]
+        liked = sorted(candidates(m, k, n, k // GROUP), key=lambda config: predicted_microseconds(config, m, k, n))
+        items += [{"shape": shape, "m": m, "config": dataclasses.asdict(config)} for config in liked[:CANDIDATES]]
+    return items
 
 
 @functools.lru_cache(maxsize=1)
@@ -47,7 +49,7 @@ def measure(item: dict) -> dict:
     program = jax.jit(lambda x, weights: [product(x, *w) for w in weights])
 
     compiled = program.lower(data["x"], weights).compile()
-    check = _int4.compiled_check(data, config)
+    check = _int4.compiled_check(data, lambda: compiled(data["x"], weights)[0])
     with _workers.device_turn():
         checked = check()
         if not checked["ok"]:
@@ -78,7 +80,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--op", choices=["int4"], default="int4")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
-    parser.add_argument("--m", nargs="*", type=int, default=[1, 16, 64, 256, 4096])
+    parser.add_argument("--m", nargs="*", type=int, default=[1, 16, 64, 256, 1024, 4096])
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--json")

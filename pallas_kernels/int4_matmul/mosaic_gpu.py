@@ -144,7 +144,11 @@ def _body(plan: _Plan, x, w, scale, *rest):
 
 
 def _for_each_tile(plan: _Plan, visit):
-    """Call `visit(count, m_tile, n_tile, first_step, last_step, position)`, which returns the ring's next position."""
+    """Call `visit(count, m_tile, n_tile, first_step, last_step, position)`, which returns the ring's next position.
+
+    Returns:
+      The position after the last tile.
+    """
     cluster, rank = lax.axis_index("tile"), lax.axis_index("split")
     split = plan.config.split_k
     first, last = lax.div(rank * plan.k_steps, split), lax.div((rank + 1) * plan.k_steps, split)
@@ -155,7 +159,7 @@ def _for_each_tile(plan: _Plan, visit):
         m_tile, n_tile = plan.tile(cluster + i * plan.num_clusters)
         return visit(i, m_tile, n_tile, first, last, position)
 
-    lax.fori_loop(0, count, step, jnp.int32(0))
+    return lax.fori_loop(0, count, step, jnp.int32(0))
 
 
 def _copy_tiles(plan: _Plan, x, w, scale, zero, smem):
@@ -185,7 +189,9 @@ def _copy_tiles(plan: _Plan, x, w, scale, zero, smem):
     def visit(_, m_tile, n_tile, first, last, position):
         return lax.fori_loop(first, last, lambda step, at: copy_stage(m_tile, n_tile, step, at), position)
 
-    _for_each_tile(plan, visit)
+    position = _for_each_tile(plan, visit)
+    for slot in range(c.num_stages):  # Every phase of a barrier is waited for once.
+        pl.when(position > slot)(lambda slot=slot: plgpu.barrier_wait(smem["empty"].at[slot]))
 
 
 def _compute_tiles(plan: _Plan, warpgroup, bias, out, smem):
