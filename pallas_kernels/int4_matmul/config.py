@@ -23,6 +23,7 @@ class Config:
       num_stages: stages of the ring that the copy engine fills.
       num_warpgroups: compute warpgroups; each owns 64 outputs of the tile.
       split_k: blocks of a cluster that share a tile's inputs; their sums meet in distributed shared memory.
+      multicast: blocks of a cluster that share x, each with output tiles of its own.
       scale_after: multiply each group's product by its scale (cheap for few tokens), or else the weights before it.
       snake_width: output tiles of a strip of the traversal order (L2 locality when there are many token tiles).
     """
@@ -33,6 +34,7 @@ class Config:
     num_warpgroups: int
     split_k: int
     scale_after: bool
+    multicast: int = 1
     snake_width: int = 8
 
     @property
@@ -84,6 +86,8 @@ def supports(
         return f"block_k = {config.block_k} and groups of {group_size} do not divide one another"
     if not config.scale_after and config.block_k < 2 * products_k(config.block_k, group_size):
         return f"block_k = {config.block_k} is one product; scaling before it takes two, which alternate registers"
+    if -(-n // config.block_n) % config.multicast:
+        return f"multicast = {config.multicast} does not divide the {-(-n // config.block_n)} output tiles"
     used = config.shared_memory_bytes(group_size, has_zero_point)
     if used > SHARED_MEMORY_BYTES:
         return f"{used} bytes of shared memory, at most {SHARED_MEMORY_BYTES}"
@@ -96,15 +100,25 @@ def candidates(
     """The configurations worth trying for a problem."""
     few = m <= 64
     tokens = [max(8, 1 << (m - 1).bit_length())] if few else [128] if m <= 128 else [128, 256]
-    block_ks, warpgroups, splits = ((256, 512), (1, 2, 3, 4), (1, 2, 4)) if few else ((128,), (2,), (1, 2, 4))
+    block_ks, warpgroups = ((256, 512), (1, 2, 3, 4)) if few else ((128,), (2,))
+    # Blocks of a cluster: those that split K, those that share x.
+    clusters = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)]
     if few and num_groups > 1 and k // num_groups == 32:
         block_ks += (128,)
     configs = []
-    for block_m, block_k, count, split in itertools.product(tokens, block_ks, warpgroups, splits):
+    for block_m, block_k, count, (split, peers) in itertools.product(tokens, block_ks, warpgroups, clusters):
         if count == 4 and block_m == 64:  # 96 registers at launch do not hold its accumulators: it spills
             continue
+        if (peers > 1 and block_m < 32) or (split > 1 and m > 512):
+            continue
         cut = Config(
-            block_m=block_m, block_k=block_k, num_stages=1, num_warpgroups=count, split_k=split, scale_after=few
+            block_m=block_m,
+            block_k=block_k,
+            num_stages=1,
+            num_warpgroups=count,
+            split_k=split,
+            multicast=peers,
+            scale_after=few,
         )
         takes = functools.partial(supports, k, n, num_groups, dtype, has_zero_point=has_zero_point)
         depths = [s for s in range(2, 9) if takes(config=dataclasses.replace(cut, num_stages=s)) is None]
@@ -130,12 +144,12 @@ def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
     """A coarse model: waves of tiles, each the longer of its bytes and its products, and the cost of a launch."""
     c = config
     tiles = math.ceil(m / c.block_m) * math.ceil(n / c.block_n)
-    waves = math.ceil(tiles / num_clusters(c.split_k))
+    waves = math.ceil(tiles / c.multicast / num_clusters(c.split_k * c.multicast))
     inputs = math.ceil(math.ceil(k / c.block_k) / c.split_k) * c.block_k
     rows = min(m, c.block_m)
     # Per SM and microsecond: 30 kB from memory, 60 kB from the L2 cache, 2.9 million multiply-adds, 100 thousand codes
     # unpacked.
-    weight_bytes, x_bytes = c.block_n * inputs / 2, rows * inputs * 2
+    weight_bytes, x_bytes = c.block_n * inputs / 2, rows * inputs * 2 / c.multicast
     in_flight = c.num_stages * (c.block_n * c.block_k / 2)
     copy = max(weight_bytes / 30e3 * max(1.0, 48e3 / in_flight), (weight_bytes + x_bytes) / 60e3)
     compute = max(c.block_n * inputs * c.block_m / 2.9e6, c.block_n * inputs / 100e3 / min(1.0, c.num_warpgroups / 2))
@@ -147,6 +161,6 @@ def products_k(block_k: int, group_size: int) -> int:
     return min(block_k, group_size, TILE)
 
 
-def num_clusters(split_k: int, num_sms: int = HOPPER_SMS) -> int:
-    """Clusters of `split_k` blocks that run at once; groups of 18 SMs hold only four clusters of four."""
-    return num_sms // split_k if split_k <= 2 else (num_sms - 4) // split_k
+def num_clusters(size: int, num_sms: int = HOPPER_SMS) -> int:
+    """Clusters of `size` blocks that run at once; groups of 18 SMs hold only four clusters of four."""
+    return num_sms // size if size <= 2 else (num_sms - 4) // size

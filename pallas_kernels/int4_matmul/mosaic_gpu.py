@@ -9,7 +9,7 @@ and the tokens its flexible side (8 to 256). One kernel serves both regimes; a `
 - Few tokens (memory-bound): codes enter the product as integers and each group's product is scaled after it. The
   blocks of a cluster split K; their partial sums meet in distributed shared memory and are added in a fixed order.
 - Many tokens (compute-bound): weights are scaled before the product, and the unpacking of one tile runs under the
-  product of the one before.
+  product of the one before. Blocks of a cluster that lie side by side share x: each fetches a part of it for all.
 
 Ragged tiles cost nothing: the copy engine fills reads out of bounds with zeros and drops such writes. Only a token
 count over 8 that is no multiple of 8 is padded to one outside the kernel, and the inputs of a per-channel weight to a
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.int4_matmul.config import Config, num_clusters, products_k
@@ -49,8 +50,8 @@ def int4_matmul_mosaic_gpu(x, qweight, scale, zero_point, bias, *, config: Confi
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
         grid=(plan.num_clusters,),
         grid_names=("tile",),
-        cluster=(config.split_k,),
-        cluster_names=("split",),
+        cluster=(config.split_k, config.multicast),
+        cluster_names=("split", "peer"),
         num_threads=config.num_warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
@@ -76,13 +77,17 @@ class _Plan:
         self.chunk_m = config.block_m // config.chunks
         self.piece_m = min(self.chunk_m, 64)
         self.stagings = min(2, self.chunk_m // self.piece_m)
-        self.num_clusters = min(num_clusters(config.split_k), self.m_tiles * self.n_tiles)
+        # Peers take output tiles that lie side by side.
+        self.shape = self.m_tiles, pl.cdiv(self.n_tiles, config.multicast)
+        self.num_clusters = min(num_clusters(config.split_k * config.multicast), self.shape[0] * self.shape[1])
 
     def tile(self, index):
-        """Token and output tile of a linear index."""
+        """Token and output tile of a block, from the linear index of its cluster's tiles."""
         if self.m_tiles == 1:
-            return jnp.int32(0), index
-        return plgpu.planar_snake(index, (self.m_tiles, self.n_tiles), 1, self.config.snake_width)
+            m_tile, n_tile = jnp.int32(0), index
+        else:
+            m_tile, n_tile = plgpu.planar_snake(index, self.shape, 1, self.config.snake_width)
+        return m_tile, n_tile * self.config.multicast + lax.axis_index("peer")
 
     def scratch(self):
         """Shared memory and barriers, by name."""
@@ -97,6 +102,10 @@ class _Plan:
             "full": plgpu.Barrier(num_arrivals=3 + self.has_zero_point, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
         }
+        if c.multicast > 1:  # A stage is empty when it is so in every block that the copy goes to.
+            scratch["empty"] = plgpu.ClusterBarrier(
+                collective_axes=("peer",), num_arrivals=c.num_warpgroups, num_barriers=stages
+            )
         if c.split_k > 1:
             scratch |= {
                 "partial": _tiled(
@@ -152,7 +161,7 @@ def _for_each_tile(plan: _Plan, visit):
     cluster, rank = lax.axis_index("tile"), lax.axis_index("split")
     split = plan.config.split_k
     first, last = lax.div(rank * plan.k_steps, split), lax.div((rank + 1) * plan.k_steps, split)
-    tiles = plan.m_tiles * plan.n_tiles
+    tiles = plan.shape[0] * plan.shape[1]
     count = lax.div(tiles - cluster + plan.num_clusters - 1, plan.num_clusters)
 
     def step(i, position):
@@ -165,6 +174,7 @@ def _for_each_tile(plan: _Plan, visit):
 def _copy_tiles(plan: _Plan, x, w, scale, zero, smem):
     """Stream every stage of this block's tiles through the ring."""
     c = plan.config
+    shared = {"collective_axes": ("peer",)} if c.multicast > 1 else {}
 
     def copy_stage(m_tile, n_tile, step, position):
         slot = lax.rem(position, jnp.int32(c.num_stages))
@@ -179,7 +189,10 @@ def _copy_tiles(plan: _Plan, x, w, scale, zero, smem):
             full,
         )
         plgpu.copy_gmem_to_smem(
-            x.at[pl.ds(m_tile * c.block_m, c.block_m), pl.ds(step * c.block_k, c.block_k)], smem["x"].at[slot], full
+            x.at[pl.ds(m_tile * c.block_m, c.block_m), pl.ds(step * c.block_k, c.block_k)],
+            smem["x"].at[slot],
+            full,
+            **shared,
         )
         plgpu.copy_gmem_to_smem(scale.at[rows, columns], smem["scale"].at[slot], full)
         if zero is not None:
@@ -239,6 +252,18 @@ def _multiply(plan: _Plan, warpgroup, smem, slot, first_k: int, acc, offset, sca
     plgpu.wgmma(acc, weights, smem["x"].at[slot, :, pl.ds(first_k, plan.wgmma_k)].T)
 
 
+def _release(plan: _Plan, empty):
+    """Give a stage back to whoever copies into it."""
+    if plan.config.multicast > 1:  # One warp tells the peers, for all: they must have read.
+        _synchronize_warpgroup()
+    plgpu.barrier_arrive(empty)
+
+
+@plgpu.inline_mgpu()
+def _synchronize_warpgroup(_):
+    mgpu.utils.warpgroup_barrier()
+
+
 def _product_scaled_after(plan: _Plan, warpgroup, smem, first, last, position):
     """Sum over groups of `scale * (integer product)`: one short product a group, scaled in float32."""
     c = plan.config
@@ -259,7 +284,7 @@ def _product_scaled_after(plan: _Plan, warpgroup, smem, first, last, position):
         plgpu.barrier_wait(smem["full"].at[slot])
         for group in range(plan.scale_rows):
             acc = acc + group_product(slot, group)
-        plgpu.barrier_arrive(smem["empty"].at[slot])
+        _release(plan, smem["empty"].at[slot])
         return acc
 
     zeros = plgpu.layout_cast(jnp.zeros((TILE, c.block_m), jnp.float32), plgpu.Layout.WGMMA)
@@ -284,14 +309,12 @@ def _product_scaled_before(plan: _Plan, warpgroup, smem, first, last, position):
                 _multiply(plan, warpgroup, smem, slot, first_k, acc, offset, scale)
                 plgpu.wgmma_wait(1)
                 if first_k == 0:
-                    pl.when(step > first)(lambda: plgpu.barrier_arrive(smem["empty"].at[before]))
+                    pl.when(step > first)(lambda: _release(plan, smem["empty"].at[before]))
 
         lax.fori_loop(first, last, stage, None)
         result = acc[...]
         pl.when(last > first)(
-            lambda: plgpu.barrier_arrive(
-                smem["empty"].at[lax.rem(position + (last - first) - 1, jnp.int32(c.num_stages))]
-            )
+            lambda: _release(plan, smem["empty"].at[lax.rem(position + (last - first) - 1, jnp.int32(c.num_stages))])
         )
         return result
 

@@ -1,5 +1,6 @@
 """The kernel compiles for an H200 on this machine: no spill, no serialised wgmma, shared memory in bounds."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels._aot import compile_for_h200
-from pallas_kernels.int4_matmul import default_config, int4_matmul
+from pallas_kernels.int4_matmul import Config, default_config, int4_matmul
 from pallas_kernels.int4_matmul.cases import SHAPES
 
 pytestmark = pytest.mark.aot
@@ -47,6 +48,12 @@ def test_defaults_are_fit(index):
     assert not reports[0].problems, reports[0].ptxas
 
 
+# Blocks that share x.
+SHARED = Config(
+    block_m=64, block_k=128, num_stages=2, num_warpgroups=2, split_k=1, multicast=2, scale_after=False, snake_width=4
+)
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -54,6 +61,8 @@ def test_defaults_are_fit(index):
         {"m": 150, "k": 1056, "n": 320, "group": 32, "zero": True, "dtype": jnp.float16},
         {"m": 48, "k": 1600, "n": 1088, "group": 64, "zero": True, "bias": True},
         {"m": 257, "k": 1000, "n": 100, "group": 1000, "bias": True},
+        {"m": 64, "k": 1024, "n": 512, "group": 128, "config": dataclasses.replace(SHARED, scale_after=True)},
+        {"m": 300, "k": 1024, "n": 512, "group": 128, "config": dataclasses.replace(SHARED, block_m=256)},
     ],
     ids=lambda case: f"m{case['m']}-g{case['group']}",
 )

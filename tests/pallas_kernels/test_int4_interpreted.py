@@ -109,7 +109,7 @@ def interpreted(monkeypatch):
     PeerStores(monkeypatch)
 
     def run(*operands, config):
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(inline_mgpu="ignore")):
             return kernel.int4_matmul_mosaic_gpu(*operands, config=config)
 
     return run
@@ -126,8 +126,9 @@ CONFIG = Config(block_m=8, block_k=128, num_stages=2, num_warpgroups=1, split_k=
         (32, 384, 128, 64, 1, {"block_m": 16, "scale_after": False, "num_stages": 3}),
         (16, 896, 192, 64, 2, {"block_m": 16, "split_k": 4}),
         (16, 128, 128, 32, 1, {"block_m": 16, "split_k": 2}),
+        (32, 384, 256, 128, 1, {"block_m": 16, "multicast": 2}),
     ],
-    ids=["after", "before", "split", "idle"],
+    ids=["after", "before", "split", "idle", "multicast"],
 )
 def test_interpreted_kernel_is_the_product(rng, interpreted, monkeypatch, m, k, n, group, clusters, changes):
     monkeypatch.setattr(kernel, "num_clusters", lambda split: clusters)
