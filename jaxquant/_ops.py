@@ -16,6 +16,8 @@ from jaxquant._qarray import QArray, codes_of, dequantize_array
 from jaxquant._qtypes import decode_codes
 from jaxquant._ragged import ragged_product
 from jaxquant._views import Unrepresentable, packed_dim
+from pallas_kernels.attention import attention as attention
+from pallas_kernels.decode_attention import decode_attention as decode_attention
 
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 

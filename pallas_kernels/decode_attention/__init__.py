@@ -32,7 +32,8 @@ def decode_attention(
 
     Args:
         q: queries [B, N, H], floating point.
-        k: keys [B, K, S, H], K a divisor of N, of q's dtype, int8 or float8_e4m3fn; pages [P, K, S, H] with a page table.
+        k: keys [B, K, S, H], K a divisor of N, of q's dtype, int8 or float8_e4m3fn; pages [P, K, S, H] with a page
+            table. For the kernel, bytes past a sequence's length must be finite numbers.
         v: values [B, K, H, S] of k's dtype; pages [P, K, H, S] with a page table.
         lengths: valid tokens of each sequence, int [B]; a sequence of none gives zeros. Clamped to the capacity.
         k_scale: for 8-bit keys, the scale of each token and head [B or P, K, S] float32.

@@ -21,7 +21,7 @@ def decode_attention_reference(
         k, k_scale = _gather(k, page_table, 2), _gather(k_scale, page_table, 2)
         v, v_scale = _gather(v, page_table, 3), _gather(v_scale, page_table, 2)
     (batch, heads, head_dim), dtype = q.shape, q.dtype
-    kv_heads, tokens = k.shape[1:3]
+    kv_heads = k.shape[1]
     q = q.reshape(batch, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32)
     scores = jnp.einsum("bkgh,bksh->bkgs", q, k.astype(jnp.float32)) * scale
     if k_scale is not None:

@@ -1,0 +1,415 @@
+"""A cache of quantized keys and values for decoding: one pytree, fixed or in pages, appended to under jit and scan."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant._kv_groups import (
+    SCALE_DTYPE,
+    dequantize_groups,
+    fill_ring,
+    quantize_groups,
+    quantized_tokens,
+    take_groups,
+    unroll_ring,
+)
+from jaxquant._ops import decode_attention
+
+EIGHT_BIT = {"int8": 127.0, "float8_e4m3fn": 448.0}
+GROUPED = {"int4": 4, "int2": 2}
+FORMATS = ("float", *EIGHT_BIT, *GROUPED)
+SMALLEST_ABSMAX = 1e-20  # keeps the scale of an all-zero token positive
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "key", "value", "key_scale", "value_scale", "key_minimum", "value_minimum", "recent",
+        "lengths", "overflowed", "page_table", "free_pages", "num_free",
+    ],
+    meta_fields=["format", "dtype", "head_dim"],
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far, of one layer.
+
+    Make one with `KVCache.init` or `KVCache.init_paged`. Methods return a new cache; inside jit, with the old one
+    donated, they write in place. Stack caches along a leading axis to scan over layers.
+
+    Attributes:
+        key: [B, K, S, H] of the format; packed along S for "int4" and "int2". Pages [P, K, S, H] of a paged cache.
+        value: [B, K, H, S], transposed; packed along H for "int4" and "int2". Pages [P, K, H, S] of a paged cache.
+        key_scale: [B or P, K, S] float32 of an 8-bit format, [B, K, S / group, H] float16 of a grouped one.
+        value_scale: [B or P, K, S] float32 of an 8-bit format, [B, K, H / group, S] float16 of a grouped one.
+        key_minimum: of a grouped format, what code 0 means; like key_scale.
+        value_minimum: like value_scale.
+        recent: of a grouped format, the latest keys in float [B, K, window, H], token t in slot t % window.
+        lengths: tokens of each sequence, int32 [B].
+        overflowed: whether tokens of a sequence were dropped because the cache was full, bool [B].
+        page_table: of a paged cache, the pages of each sequence in order, int32 [B, pages].
+        free_pages: the first `num_free` are the pages that no sequence holds, int32 [P].
+        num_free: int32 scalar.
+        format: one of `FORMATS`.
+        dtype: what `dequantize` returns, and the format of "float" and of recent keys.
+        head_dim: H.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    key_scale: jax.Array | None
+    value_scale: jax.Array | None
+    key_minimum: jax.Array | None
+    value_minimum: jax.Array | None
+    recent: jax.Array | None
+    lengths: jax.Array
+    overflowed: jax.Array
+    page_table: jax.Array | None
+    free_pages: jax.Array | None
+    num_free: jax.Array | None
+    format: str
+    dtype: jnp.dtype
+    head_dim: int
+
+    @classmethod
+    def init(
+        cls,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        format: str = "int8",
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        group_size: int = 32,
+        window: int = 128,
+    ) -> "KVCache":
+        """Makes an empty cache with room for `capacity` tokens of each of `batch` sequences.
+
+        Args:
+            batch: sequences.
+            capacity: tokens of each.
+            kv_heads: heads of keys and values.
+            head_dim: channels of a head.
+            format: "float", "int8" and "float8_e4m3fn" (a scale for each token and head), "int4" and "int2" (KIVI: keys
+                per channel in groups of tokens, values per token in groups of channels).
+            dtype: the float type of the model's keys and values.
+            group_size: elements that share a scale in a grouped format.
+            window: latest keys that a grouped format keeps in float, a multiple of group_size.
+
+        Returns:
+            The cache.
+
+        Raises:
+            ValueError: if a number does not fit the format.
+
+        Example:
+            >>> cache = KVCache.init(1, 64, 2, 32)
+            >>> cache = cache.append(jnp.ones((1, 3, 2, 32)), jnp.ones((1, 3, 2, 32)))
+            >>> int(cache.lengths[0]), cache.attend(jnp.ones((1, 4, 32))).shape, cache.bytes_per_token
+            (3, (1, 4, 32), 144.0)
+        """
+        _check_sizes(format, capacity, head_dim, group_size, window)
+        stores = _stores(format, dtype, batch, capacity, kv_heads, head_dim, group_size)
+        recent = jnp.zeros((batch, kv_heads, window, head_dim), dtype) if format in GROUPED else None
+        lengths, overflowed = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool)
+        return cls(*stores, recent, lengths, overflowed, None, None, None, format, jnp.dtype(dtype), head_dim)
+
+    @classmethod
+    def init_paged(
+        cls,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        pages: int,
+        page_size: int = 64,
+        format: str = "int8",
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    ) -> "KVCache":
+        """Makes an empty cache whose sequences share `pages` pages of `page_size` tokens, taken as they grow.
+
+        Args:
+            batch: sequences.
+            capacity: the most tokens that one sequence may have.
+            kv_heads: heads of keys and values.
+            head_dim: channels of a head.
+            pages: pages of all sequences together.
+            page_size: tokens of a page; the kernel wants a multiple of 64.
+            format: "float", "int8" or "float8_e4m3fn".
+            dtype: the float type of the model's keys and values.
+
+        Returns:
+            The cache.
+
+        Raises:
+            ValueError: if a number does not fit the format.
+
+        Example:
+            >>> cache = KVCache.init_paged(2, 128, 2, 32, pages=3)
+            >>> int(cache.append(jnp.ones((2, 70, 2, 32)), jnp.ones((2, 70, 2, 32))).overflowed.sum())
+            1
+        """
+        if format in GROUPED:
+            raise ValueError(f"format of a paged cache must be one of {('float', *EIGHT_BIT)}, got {format!r}")
+        _check_sizes(format, capacity, head_dim, 1, 1)
+        if pages < 1 or page_size < 1:
+            raise ValueError(f"pages and page_size must be positive, got {pages} and {page_size}")
+        stores = _stores(format, dtype, pages, page_size, kv_heads, head_dim, 1)
+        table = jnp.zeros((batch, -(-capacity // page_size)), jnp.int32)
+        lengths, overflowed = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool)
+        free = jnp.arange(pages, dtype=jnp.int32), jnp.int32(pages)
+        return cls(*stores, None, lengths, overflowed, table, *free, format, jnp.dtype(dtype), head_dim)
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that a sequence may have."""
+        if self.page_table is not None:
+            return self.page_table.shape[-1] * self.value.shape[-1]
+        return self.value.shape[-1]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that one token of one sequence takes, scales included, the window of recent keys not."""
+        stores = [self.key, self.value, self.key_scale, self.value_scale, self.key_minimum, self.value_minimum]
+        tokens = self.value.shape[0] * self.value.shape[-1]
+        return sum(x.nbytes for x in stores if x is not None) / tokens
+
+    def append(self, key: jax.Array, value: jax.Array, counts: jax.Array | None = None) -> "KVCache":
+        """Adds tokens to every sequence.
+
+        Tokens for which there is no room are dropped and their sequences marked in `overflowed`: nothing in the cache
+        is ever overwritten. A sequence of a paged cache takes all its new tokens or, where pages are short, none.
+
+        Args:
+            key: [B, T, K, H], floating point.
+            value: [B, T, K, H].
+            counts: how many of the T are tokens (the first ones), int [B]; all by default.
+
+        Returns:
+            The cache with the tokens.
+
+        Raises:
+            ValueError: if the shapes do not fit the cache.
+        """
+        self._check_tokens(key, value, counts)
+        batch, tokens = key.shape[:2]
+        counts = jnp.full((batch,), tokens, jnp.int32) if counts is None else jnp.clip(counts, 0, tokens)
+        wanted = self.lengths + counts.astype(jnp.int32)
+        lengths = jnp.minimum(wanted, self.capacity)
+        cache = self
+        if self.page_table is not None:
+            cache, lengths = self._take_pages(lengths)
+        cache = dataclasses.replace(cache, overflowed=self.overflowed | (lengths < wanted))
+        positions = self.lengths[:, None] + lax.broadcasted_iota(jnp.int32, (batch, tokens), 1)
+        place = cache._place(positions, positions < lengths[:, None])
+        if self.format in GROUPED:
+            cache = cache._write_groups(key, value, place, lengths)
+        else:
+            cache = cache._write_tokens(key, value, place)
+        return dataclasses.replace(cache, lengths=lengths)
+
+    def attend(self, query: jax.Array, *, scale: float | None = None, implementation: str | None = None) -> jax.Array:
+        """Computes attention of one query per head [B, N, H] over the cache, after its own token was appended.
+
+        Args:
+            query: [B, N, H], N a multiple of the key heads.
+            scale: the softmax scale; 1 / sqrt(H) by default.
+            implementation: as of `pallas_kernels.decode_attention`. Grouped formats are dequantized before.
+
+        Returns:
+            [B, N, H] of query's dtype.
+        """
+        scales = {"k_scale": self.key_scale, "v_scale": self.value_scale}
+        key, value, table = self.key, self.value, self.page_table
+        if self.format in GROUPED or (self.format == "float" and self.dtype != query.dtype):
+            (key, value), scales, table = self.dequantize(query.dtype), {}, None
+        return decode_attention(
+            query, key, value, self.lengths, **scales, page_table=table, scale=scale, implementation=implementation
+        )
+
+    def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> tuple[jax.Array, jax.Array]:
+        """Returns keys [B, K, S, H] and values [B, K, H, S] in float; tokens past a sequence's length are zeros."""
+        key, value = self._grouped_floats() if self.format in GROUPED else self._token_floats()
+        token = lax.broadcasted_iota(jnp.int32, (self.lengths.shape[0], 1, self.capacity), 2)
+        seen = token < self.lengths[:, None, None]
+        dtype = self.dtype if dtype is None else dtype
+        key, value = jnp.where(seen[..., None], key, 0.0), jnp.where(seen[:, :, None], value, 0.0)
+        return key.astype(dtype), value.astype(dtype)
+
+    def release(self, done: jax.Array) -> "KVCache":
+        """Empties the sequences marked in `done`, bool [B], and gives their pages back."""
+        lengths = jnp.where(done, 0, self.lengths)
+        cache = dataclasses.replace(self, lengths=lengths, overflowed=self.overflowed & ~done)
+        if self.page_table is None or self.free_pages is None:
+            return cache
+        held = -(-self.lengths // self.value.shape[-1])
+        column = lax.broadcasted_iota(jnp.int32, self.page_table.shape, 1)
+        freed = (column < held[:, None]) & done[:, None]
+        place = self.num_free + jnp.cumsum(freed.reshape(-1)).reshape(freed.shape) - 1
+        place = jnp.where(freed, place, self.free_pages.size).astype(jnp.int32)
+        free = self.free_pages.at[place].set(self.page_table, mode="drop")
+        return dataclasses.replace(cache, free_pages=free, num_free=self.num_free + jnp.sum(freed, dtype=jnp.int32))
+
+    def _take_pages(self, lengths: jax.Array) -> tuple["KVCache", jax.Array]:
+        """Gives sequences that grow to `lengths` pages off the free stack, the first ones first."""
+        page_size, columns = self.value.shape[-1], self.page_table.shape[1]
+        held, wanted = -(-self.lengths // page_size), -(-lengths // page_size)
+
+        # In turn, for a sequence that gets none must not keep the later ones from theirs.
+        def grant(left, more):
+            granted = more <= left
+            return left - jnp.where(granted, more, 0), granted
+
+        num_free, granted = lax.scan(grant, self.num_free, wanted - held)
+        lengths = jnp.where(granted, lengths, self.lengths)
+        more = jnp.where(granted, wanted - held, 0)
+        before = jnp.cumsum(more) - more
+        column = lax.broadcasted_iota(jnp.int32, (held.shape[0], columns), 1)
+        new = (column >= held[:, None]) & (column < (held + more)[:, None])
+        index = self.num_free - 1 - before[:, None] - (column - held[:, None])
+        pages = self.free_pages[jnp.clip(index, 0, self.free_pages.size - 1)]
+        table = jnp.where(new, pages, self.page_table)
+        return dataclasses.replace(self, page_table=table, num_free=num_free), lengths
+
+    def _place(self, positions: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Row and column of each token [B, T] in the stores; tokens that are not valid lie past the end."""
+        tokens = self.value.shape[-1]
+        row = lax.broadcasted_iota(jnp.int32, positions.shape, 0)
+        if self.page_table is not None:
+            page = jnp.clip(positions // tokens, 0, self.page_table.shape[1] - 1)
+            row = jnp.take_along_axis(self.page_table, page, axis=1)
+        return row, jnp.where(valid, positions % tokens if self.page_table is not None else positions, tokens)
+
+    def _write_tokens(self, key, value, place) -> "KVCache":
+        row, column = place
+        key_codes, key_scale = _quantize_tokens(key, self.format, self.key.dtype)
+        value_codes, value_scale = _quantize_tokens(value, self.format, self.value.dtype)
+        cache = dataclasses.replace(
+            self,
+            key=self.key.at[row, :, column].set(key_codes, mode="drop"),
+            value=self.value.at[row, :, :, column].set(value_codes, mode="drop"),
+        )
+        if self.key_scale is None or self.value_scale is None:
+            return cache
+        return dataclasses.replace(
+            cache,
+            key_scale=self.key_scale.at[row, :, column].set(key_scale, mode="drop"),
+            value_scale=self.value_scale.at[row, :, column].set(value_scale, mode="drop"),
+        )
+
+    def _write_groups(self, key, value, place, lengths) -> "KVCache":
+        """Values go to their place at once, keys to the ring, and groups that leave the ring to theirs."""
+        row, column = place
+        bits, group = GROUPED[self.format], self.value.shape[-1] // self.key_scale.shape[2]
+        window, tokens = self.recent.shape[2], key.shape[1]
+        channels = self.head_dim // self.value_scale.shape[2]
+        codes, scale, minimum = quantize_groups(value, bits, -1, channels)
+        values = {
+            name: getattr(self, name).at[row, :, :, column].set(x, mode="drop")
+            for name, x in (("value", codes), ("value_scale", scale), ("value_minimum", minimum))
+        }
+        key = key.astype(self.dtype).swapaxes(1, 2)
+        recent = jnp.concatenate([unroll_ring(self.recent, self.lengths), key], axis=2)
+        start = self.lengths - window
+        first, end = (quantized_tokens(n, window, group) for n in (self.lengths, lengths))
+        count = -(-tokens // group) + 1
+        leaving = take_groups(recent, first - start, count, group)
+        codes, scale, minimum = quantize_groups(leaving, bits, -2, group)
+        row = lax.broadcasted_iota(jnp.int32, (key.shape[0], count), 0)
+        index = first[:, None] // group + lax.broadcasted_iota(jnp.int32, row.shape, 1)
+        index = jnp.where(index < end[:, None] // group, index, self.key_scale.shape[2])
+        codes = codes.reshape(*codes.shape[:2], count, -1, self.head_dim)
+        store = self.key.reshape(*self.key.shape[:2], self.key_scale.shape[2], -1, self.head_dim)
+        keys = {
+            "key": store.at[row, :, index].set(codes.swapaxes(1, 2), mode="drop").reshape(self.key.shape),
+            "key_scale": self.key_scale.at[row, :, index].set(scale.swapaxes(1, 2), mode="drop"),
+            "key_minimum": self.key_minimum.at[row, :, index].set(minimum.swapaxes(1, 2), mode="drop"),
+        }
+        return dataclasses.replace(self, recent=fill_ring(recent, start, lengths, window), **keys, **values)
+
+    def _token_floats(self) -> tuple[jax.Array, jax.Array]:
+        key, value = self.key.astype(jnp.float32), self.value.astype(jnp.float32)
+        if self.key_scale is not None and self.value_scale is not None:
+            key, value = key * self.key_scale[..., None], value * self.value_scale[:, :, None]
+        if self.page_table is None:
+            return key, value
+        key, value = key[self.page_table], value[self.page_table]  # [B, pages, K, ...]
+        batch, pages, kv_heads = key.shape[:3]
+        key, value = key.swapaxes(1, 2), value.transpose(0, 2, 3, 1, 4)
+        return (
+            key.reshape(batch, kv_heads, pages * key.shape[3], self.head_dim),
+            value.reshape(batch, kv_heads, self.head_dim, pages * value.shape[4]),
+        )
+
+    def _grouped_floats(self) -> tuple[jax.Array, jax.Array]:
+        bits, window = GROUPED[self.format], self.recent.shape[2]
+        key = dequantize_groups(self.key, self.key_scale, self.key_minimum, bits, -2)
+        value = dequantize_groups(self.value, self.value_scale, self.value_minimum, bits, -2)
+        token = jnp.arange(self.capacity, dtype=jnp.int32)
+        first = quantized_tokens(self.lengths, window, self.capacity // self.key_scale.shape[2])
+        in_ring = token[None] >= first[:, None]
+        recent = self.recent[:, :, token % window].astype(jnp.float32)
+        return jnp.where(in_ring[:, None, :, None], recent, key), value
+
+    def _check_tokens(self, key, value, counts):
+        batch, kv_heads = self.lengths.shape[0], self.value.shape[1]
+        expected = (batch, key.shape[1] if key.ndim > 1 else 0, kv_heads, self.head_dim)
+        for name, x in (("key", key), ("value", value)):
+            if x.shape != expected or not jnp.issubdtype(x.dtype, jnp.floating):
+                raise ValueError(
+                    f"{name} must be floating [{batch}, tokens, {kv_heads}, {self.head_dim}] as the cache is, with key"
+                    f" and value of the same tokens; got {x.dtype} of shape {x.shape}"
+                )
+        if counts is not None and (counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer)):
+            raise ValueError(f"counts must be integers of shape ({batch},), got {counts.dtype} of shape {counts.shape}")
+
+
+def _stores(format: str, dtype, rows: int, tokens: int, kv_heads: int, head_dim: int, group_size: int) -> tuple:
+    """Zeroed keys, values, their scales and minima."""
+    zeros = lambda shape, dtype: jnp.zeros((rows, kv_heads, *shape), dtype)  # noqa: E731
+    key, value = (tokens, head_dim), (head_dim, tokens)
+    if format in GROUPED:
+        codes = 8 // GROUPED[format]
+        keys = (tokens // group_size, head_dim)
+        values = (head_dim // min(group_size, head_dim), tokens)
+        return (
+            zeros((tokens // codes, head_dim), jnp.uint8),
+            zeros((head_dim // codes, tokens), jnp.uint8),
+            *(zeros(shape, SCALE_DTYPE) for shape in (keys, values, keys, values)),
+        )
+    if format in EIGHT_BIT:
+        scales = (zeros((tokens,), jnp.float32) for _ in range(2))
+        return zeros(key, format), zeros(value, format), *scales, None, None
+    return zeros(key, dtype), zeros(value, dtype), None, None, None, None
+
+
+def _quantize_tokens(x: jax.Array, format: str, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Codes [B, T, K, H] and scales [B, T, K] of tokens; a token that is not finite gets a scale of NaN."""
+    x = x.astype(jnp.float32)
+    absmax = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), SMALLEST_ABSMAX)
+    absmax = jnp.where(jnp.all(jnp.isfinite(x), axis=-1), absmax, jnp.nan)
+    if format not in EIGHT_BIT:
+        return x.astype(dtype), absmax
+    codes = x * (EIGHT_BIT[format] / absmax)[..., None]
+    codes = jnp.where(jnp.isnan(codes), 0.0, codes)
+    return (jnp.round(codes) if format == "int8" else codes).astype(dtype), absmax * (1 / EIGHT_BIT[format])
+
+
+def _check_sizes(format: str, capacity: int, head_dim: int, group_size: int, window: int):
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
+    if capacity < 1:
+        raise ValueError(f"capacity must be positive, got {capacity}")
+    if format not in GROUPED:
+        return
+    if group_size < 8 or group_size % 8 or capacity % group_size or window % group_size or window < group_size:
+        raise ValueError(
+            f"group_size must be a multiple of 8 that divides capacity and window, got group_size {group_size},"
+            f" capacity {capacity} and window {window}"
+        )
+    if head_dim % min(group_size, head_dim) or head_dim % 8:
+        raise ValueError(f"head_dim must be a multiple of 8 and of group_size {group_size}, got {head_dim}")
