@@ -25,6 +25,7 @@ from experiments.models.decoder import Decoder, Params
 from experiments.models.hf import load_hf
 from experiments.recipes import RECIPES, Recipe, get_recipes
 
+BATCH = 8  # calibration sequences a step
 EMBEDDED_MODEL = pathlib.Path(__file__).parent / "models" / "tiny_python"
 
 
@@ -70,7 +71,11 @@ def quantize_recipe(model: Decoder, params: Params, recipe: Recipe, calibration:
     """
     if recipe.calibrated and calibration is None:
         raise ValueError(f"{recipe.summary}: needs calibration tokens; give --calibration X.npy")
-    return jax.block_until_ready(jq.quantize(params, recipe.config))
+    if not recipe.calibrated:
+        return jax.block_until_ready(jq.quantize(params, recipe.config))
+    inputs = np.asarray(calibration)[:, :-1].astype(np.int32)
+    batches = [jnp.asarray(inputs[start : start + BATCH]) for start in range(0, len(inputs), BATCH)]
+    return jax.block_until_ready(jq.quantize(params, recipe.config, apply_fn=model.forward, batches=batches))
 
 
 def measure(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+from collections.abc import Mapping
 
 import jaxquant as jq
 
@@ -22,6 +24,19 @@ class Recipe:
     calibrated: bool = False
 
 
+SIGNED = {"grid": "signed", "range": "mse"}  # what gave GPTQ the least error when tried
+RANGE = {"range": "mse"}
+
+
+def _calibrated(
+    preset: str, algorithm: jq.WeightTransform, summary: str, weight: Mapping[str, str] = types.MappingProxyType({})
+) -> Recipe:
+    """A preset rounded by an algorithm, fields of its weight spec replaced."""
+    spec = jq.QuantConfig.preset(preset).default
+    spec = dataclasses.replace(spec, weight=dataclasses.replace(spec.weight, **weight))
+    return Recipe(jq.QuantConfig(spec, algorithm=algorithm), summary, calibrated=True)
+
+
 RECIPES: dict[str, Recipe] = {
     "float": Recipe(None, "the checkpoint's own weights"),
     "rtn-w8": Recipe(jq.QuantConfig.preset("w8a16"), "8-bit weights per channel, to nearest"),
@@ -34,6 +49,25 @@ RECIPES: dict[str, Recipe] = {
     "fp8": Recipe(jq.QuantConfig.preset("fp8"), "e4m3 weights per channel, e4m3 activations per token, dynamic"),
     "nf4": Recipe(jq.QuantConfig.preset("nf4"), "NormalFloat4 weights, blocks of 64"),
     "mxfp4": Recipe(jq.QuantConfig.preset("mxfp4"), "OCP MXFP4 weights, blocks of 32"),
+    "gptq-w4": _calibrated("w4a16", jq.gptq(), "4-bit weights, groups of 128, signed scales, GPTQ", SIGNED),
+    "gptq-w4-asym": _calibrated("w4a16-asym", jq.gptq(), "4-bit weights, groups of 128, zero points, GPTQ", RANGE),
+    "gptq-w3": _calibrated("w3a16", jq.gptq(), "3-bit weights, groups of 128, signed scales, GPTQ", SIGNED),
+    "gptq-w3-asym": _calibrated("w3a16-asym", jq.gptq(), "3-bit weights, groups of 128, zero points, GPTQ", RANGE),
+    "awq-w4": _calibrated("w4a16", jq.awq(), "4-bit weights, groups of 128, symmetric, AWQ"),
+    "awq-w4-asym": _calibrated("w4a16-asym", jq.awq(), "4-bit weights, groups of 128, zero points, AWQ"),
+    "awq-w3": _calibrated("w3a16", jq.awq(), "3-bit weights, groups of 128, symmetric, AWQ"),
+    "awq-w3-asym": _calibrated("w3a16-asym", jq.awq(), "3-bit weights, groups of 128, zero points, AWQ"),
+    "awq-gptq-w4": _calibrated("w4a16", jq.chain(jq.awq(), jq.gptq()), "AWQ's input scales, then GPTQ, 4 bits", SIGNED),
+    "awq-gptq-w3": _calibrated("w3a16", jq.chain(jq.awq(), jq.gptq()), "AWQ's input scales, then GPTQ, 3 bits", SIGNED),
+    "learned-w4": _calibrated(
+        "w4a16", jq.chain(jq.gptq(), jq.learned_rounding()), "GPTQ, then learned rounding", SIGNED
+    ),
+    "learned-w3": _calibrated("w3a16", jq.chain(jq.gptq(), jq.learned_rounding()), "the same at 3 bits", SIGNED),
+    "smoothquant-w8a8": _calibrated("w8a8", jq.smoothquant(), "w8a8 with activation outliers moved into weights"),
+    "gptq-w4a8": _calibrated("w4a8", jq.gptq(), "w4a8 with GPTQ", SIGNED),
+    "llm-int8": _calibrated("w8a8", jq.llm_int8(), "w8a8 with outlier channels in float"),
+    "salient-w4": _calibrated("w4a16", jq.salient(), "4-bit weights, 1 % of the input channels in float"),
+    "salient-w3": _calibrated("w3a16", jq.salient(), "3-bit weights, 1 % of the input channels in float"),
 }
 
 

@@ -30,7 +30,7 @@ class Form:
 
 
 def split_arguments(args: tuple, kwargs: dict) -> tuple[Form, list]:
-    """Splits a call into what jit may trace (arrays, each QArray as one) and what is static (flags, strings, modules)."""
+    """Splits a call into what jit may trace (arrays, a QArray as one) and what is static (flags, strings, modules)."""
     entries, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_quantized)
     dynamic = [isinstance(leaf, _ARRAYS) for _, leaf in entries]
     static = tuple((i, leaf) for i, ((_, leaf), flag) in enumerate(zip(entries, dynamic, strict=True)) if not flag)

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxquant._arguments import Form, split_arguments
 from jaxquant._infer import infer_axes
@@ -58,9 +58,7 @@ def _flatten(calibration: Calibration) -> tuple[tuple, tuple]:
     return (calibration.statistics,), tuple(sorted(calibration.axes.items()))
 
 
-jax.tree_util.register_pytree_node(
-    Calibration, _flatten, lambda axes, children: Calibration(children[0], dict(axes))
-)
+jax.tree_util.register_pytree_node(Calibration, _flatten, lambda axes, children: Calibration(children[0], dict(axes)))
 
 
 @jax.jit
@@ -74,9 +72,7 @@ def _merge(held: dict[str, Statistics], new: dict[str, Statistics]) -> dict[str,
     return {path: one(path) for path in held}
 
 
-def calibrate(
-    apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any], config: QuantConfig
-) -> Calibration:
+def calibrate(apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any], config: QuantConfig) -> Calibration:
     """Runs the float model over calibration batches and gathers what the configuration's algorithm needs.
 
     One program a batch shape gathers the statistics of all weights, through scans, checkpoints, branches, attention and
@@ -98,25 +94,39 @@ def calibrate(
     References:
         Frantar et al. 2022, arXiv:2210.17323 (Hessians of layer inputs).
 
+    >>> import jax.numpy as jnp
     >>> from jaxquant.algorithms.gptq import gptq
     >>> config = QuantConfig.preset("w4a16", algorithm=gptq())
     >>> stats = calibrate(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((128, 8))}, [jnp.ones((4, 128))], config)
     >>> stats.tokens["kernel"].item()
     4.0
     """
-    total, observe, watches = None, None, {}
-    for batch in batches:
-        args = batch if isinstance(batch, tuple) else (batch,)
-        if observe is None:
-            axes = infer_axes(apply_fn, params, *args)
-            watches = plan_watches(assign(params, config, axes), params, config)
-            observe = make_observer(apply_fn, watches)
-        seen = observe(*split_arguments((params, *args), {}))
-        check_reached(watches, seen)
-        total = seen if total is None else _merge(total, seen)
-    if total is None:
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
         raise ValueError("calibrate: batches is empty; give at least one calibration batch")
-    return Calibration(total, {path: watch.axis for path, watch in watches.items()})
+    axes = infer_axes(apply_fn, params, *arguments_of(first))
+    watches = plan_watches(assign(params, config, axes), params, config)
+    statistics = gather_statistics(apply_fn, params, itertools.chain([first], batches), watches)
+    check_reached(watches, statistics)
+    return Calibration(statistics, {path: watch.axis for path, watch in watches.items()})
+
+
+def arguments_of(batch: Any) -> tuple:
+    """What the model is called with beside its parameters."""
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+def gather_statistics(
+    apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any], watches: Mapping[str, Watch]
+) -> dict[str, Statistics]:
+    """Runs the float model over batches and merges the statistics of each; see `calibrate`."""
+    observe = make_observer(apply_fn, watches)
+    total = {}
+    for batch in batches:
+        seen = observe(*split_arguments((params, *arguments_of(batch)), {}))
+        total = _merge(total, seen) if total else seen
+    return total
 
 
 def plan_watches(assignments: Mapping[str, Assignment], params: Any, config: QuantConfig) -> dict[str, Watch]:

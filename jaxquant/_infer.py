@@ -23,10 +23,12 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
 
     Returns:
         For each path of a parameter that meets a product, a convolution or a lookup: its contracting axes, negative and
-        ascending, in its own dimensions whatever transposes, reshapes and slices lie between. A table that is only looked
-        up contracts the dimensions of its rows. Where uses disagree the first product decides.
+        ascending, in its own dimensions whatever transposes, reshapes and slices lie between. A table that is only
+        looked up contracts the dimensions of its rows. Where uses disagree the first product decides.
 
-    >>> infer_axes(lambda p, x: jnp.einsum("btnh,nhd->btd", x, p["out"]), {"out": jnp.ones((4, 8, 32))}, jnp.ones((1, 3, 4, 8)))
+    >>> import jax.numpy as jnp
+    >>> out, x = jnp.ones((4, 8, 32)), jnp.ones((1, 3, 4, 8))
+    >>> infer_axes(lambda p, x: jnp.einsum("btnh,nhd->btd", x, p["out"]), {"out": out}, x)
     {'out': (-3, -2)}
     """
     form, arrays = split_arguments((params, *args), kwargs)

@@ -1,9 +1,9 @@
 """Evaluates a jaxpr in which some variables hold values that are not arrays: quantized weights, watched activations.
 
-An `Interpreter` knows how every control-flow primitive carries such *special values* through; a subclass says what they
-are and gives a rule for each primitive that means something to them. Anything else that meets one gets what `lower` makes
-of it, an ordinary array. Special values are pytrees, so `scan`, `while`, `cond` and `checkpoint` are re-issued through
-their public functions with the interpreter as body. Only `jax.extend.core` is used.
+An `Interpreter` knows how every control-flow primitive carries such *special values* through; a subclass says what
+they are and gives a rule for each primitive that means something to them. Anything else that meets one gets what
+`lower` makes of it, an ordinary array. Special values are pytrees, so `scan`, `while`, `cond` and `checkpoint` are
+re-issued through their public functions with the interpreter as body. Only `jax.extend.core` is used.
 
 A rule may `emit` arrays under a name (calibration statistics). They are results of the region, a trace of its own, in
 which they came up: a scan stacks them and hands them to `pool`, a `cond` fills those of the branches not taken.
@@ -133,6 +133,11 @@ class Interpreter:
     def lowered(self, frame: Frame, eqn: core.JaxprEqn, values: Sequence[Value], reason: str) -> list[Value]:
         """The values with every special one lowered."""
         return [self.lower(value, eqn, frame, reason) if self.is_special(value) else value for value in values]
+
+
+def result_of(eqn: core.JaxprEqn) -> Any:
+    """The abstract value, with shape and dtype, of an equation's first result."""
+    return eqn.outvars[0].aval
 
 
 def bind(frame: Frame, eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:

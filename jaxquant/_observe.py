@@ -155,9 +155,7 @@ def _place(stats: Statistics, size: int, index: jax.Array) -> Statistics:
     return jax.tree.map(lambda whole, leaf: whole.at[index].set(leaf), _nothing(form), stats)
 
 
-def rows_statistics(
-    rows: jax.Array, watch: Watch, batch_dims: int, weights: jax.Array | None
-) -> Statistics:
+def rows_statistics(rows: jax.Array, watch: Watch, batch_dims: int, weights: jax.Array | None) -> Statistics:
     """The statistics of rows [*batch, T, K], each leaf with the batch's dimensions in front."""
 
     def one(rows: jax.Array, weights: jax.Array | None) -> Statistics:
@@ -189,9 +187,7 @@ def check_axes(value: Tracked, dims: Any, watch: Watch) -> None:
         )
 
 
-def input_rows(
-    x: jax.Array, value: Tracked, meeting: Meeting, watch: Watch
-) -> tuple[jax.Array, tuple[int, ...]]:
+def input_rows(x: jax.Array, value: Tracked, meeting: Meeting, watch: Watch) -> tuple[jax.Array, tuple[int, ...]]:
     """Brings the inputs of a product to rows.
 
     Args:

@@ -1,49 +1,130 @@
 """`quantize` and `dequantize`: parameter trees in, parameter trees out."""
 
 import functools
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
+from jaxquant._calibrate import Calibration, arguments_of, check_reached, gather_statistics, plan_watches
+from jaxquant._calibrated import not_finite, quantize_calibrated
+from jaxquant._infer import infer_axes
 from jaxquant._numerics import all_finite
 from jaxquant._qarray import QArray, dequantize_array, quantize_array
+from jaxquant._report import WeightReport, show_progress
 from jaxquant._rules import Assignment, assign
 from jaxquant._spec import QuantConfig, QuantSpec
 from jaxquant._tree import is_quantized, map_named, named_leaves
 
 
-def quantize(params: Any, config: QuantConfig) -> Any:
-    """Quantizes the weights of a parameter tree to the nearest codes.
+def quantize(
+    params: Any,
+    config: QuantConfig,
+    *,
+    apply_fn: Callable[..., Any] | None = None,
+    batches: Iterable[Any] | None = None,
+    stats: Calibration | None = None,
+    unseen: Literal["error", "rtn"] = "error",
+    report: Callable[[WeightReport], Any] | None = None,
+) -> Any:
+    """Quantizes the weights of a parameter tree.
+
+    Without an algorithm that needs data, weights are rounded to the nearest codes and `params` and `config` are enough.
+    With one, the model and calibration batches (or the statistics that `calibrate` made of them) go beside. Given the
+    model, contracting axes come from its own products, else from Flax's conventions.
 
     Everything is checked before the first weight is touched; weights are then quantized one by one, so that beside the
     result no more than one weight lives twice. Each shape and spec is compiled once.
 
     Args:
         params: pytree of arrays (NumPy, memory-mapped or device): a linen dict, an nnx State, any pytree.
-        config: which parameters, and how.
+        config: which parameters, how, and by which algorithm.
+        apply_fn: the float model, called `apply_fn(params, batch)`, or `apply_fn(params, *batch)` for a tuple.
+        batches: calibration inputs.
+        stats: what `calibrate` returned for this configuration, instead of the two above.
+        unseen: what becomes of an expert that no calibration token reached: an error, or round-to-nearest with a note
+            in the report.
+        report: called with a `WeightReport` for each calibrated weight as it is finished; a `Report` collects them.
 
     Returns:
-        A tree of the same structure with a `QArray` for each quantized weight; other leaves are the caller's own.
+        A tree of the same structure with a `QArray` for each quantized weight (an `OutlierArray` where channels stay in
+        float); other leaves are the caller's own.
 
     Raises:
-        ValueError: an empty tree, an unmatched rule, a group that does not divide, a zero-size weight, NaN or Inf. The
-            message names the parameter.
+        ValueError: an empty tree, an unmatched rule, a group that does not divide, a zero-size weight, NaN or Inf, data
+            that the algorithm needs and that was not given, a weight or expert that no input reached. The message names
+            the parameter.
         TypeError: a leaf that is no array.
+        NotImplementedError: a weight is used in a way whose statistics cannot be gathered.
 
+    >>> import jax.numpy as jnp
     >>> qparams = quantize({"dense": {"kernel": jnp.ones((256, 64))}}, QuantConfig.preset("w4a16"))
     >>> qparams["dense"]["kernel"]
     QArray(int4[256, 64], axis=(-2,), scale=[2, 64], plain)
     """
-    assignments = assign(params, config)
+    if unseen not in ("error", "rtn"):
+        raise ValueError(f"quantize: unseen={unseen!r}; accepted: 'error', 'rtn'")
+    first, batches = _peek(batches)
+    axes = stats.axes if stats is not None else _axes(apply_fn, params, first)
+    assignments = assign(params, config, axes)
     for path, leaf in named_leaves(params):
         _check_fits(path, leaf, assignments[path])
+    watches = plan_watches(assignments, params, config)
+    statistics = {}
+    if watches and stats is not None:
+        statistics = stats.statistics
+    elif watches:
+        if apply_fn is None or first is None:
+            raise _missing_data(next(iter(watches)), config)
+        statistics = gather_statistics(apply_fn, params, batches, watches)
+    check_reached(watches, statistics)
 
     def quantize_leaf(path: str, leaf: Any) -> Any:
         chosen = assignments[path]
-        return leaf if chosen.spec is None else _round_to_nearest(path, leaf, chosen.spec, chosen.axis)
+        if chosen.spec is None:
+            return leaf
+        if config.algorithm is None and path not in watches:
+            return _round_to_nearest(path, leaf, chosen.spec, chosen.axis)
+        return quantize_calibrated(path, leaf, chosen, config.algorithm, statistics.get(path), unseen, emit)
 
+    emit = _listener(report, sum(chosen.spec is not None for chosen in assignments.values()))
     return map_named(quantize_leaf, params)
+
+
+def _peek(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any]]:
+    """The first batch, or None, and all of them."""
+    rest = iter(batches if batches is not None else ())
+    first = next(rest, None)
+    return first, itertools.chain([] if first is None else [first], rest)
+
+
+def _axes(apply_fn: Callable[..., Any] | None, params: Any, first: Any) -> Mapping[str, tuple[int, ...]] | None:
+    if apply_fn is None:
+        return None
+    if first is None:
+        raise ValueError("quantize: apply_fn is traced on a batch, so give batches= too, with at least one")
+    return infer_axes(apply_fn, params, *arguments_of(first))
+
+
+def _missing_data(path: str, config: QuantConfig) -> ValueError:
+    what = f"algorithm {config.algorithm.name!r}" if config.algorithm is not None else "a static activation scale"
+    return ValueError(
+        f"{path}: {what} needs calibration; give quantize(..., apply_fn=model.apply, batches=...), or"
+        " stats=calibrate(...)"
+    )
+
+
+def _listener(report: Callable[[WeightReport], Any] | None, total: int) -> Callable[[WeightReport], None]:
+    """Hands rows to the caller and a line to the terminal."""
+    count = itertools.count(1)
+
+    def emit(row: WeightReport) -> None:
+        show_progress(row, next(count), total)
+        if report is not None:
+            report(row)
+
+    return emit
 
 
 def _check_fits(path: str, leaf: Any, chosen: Assignment) -> None:
@@ -59,7 +140,7 @@ def _check_fits(path: str, leaf: Any, chosen: Assignment) -> None:
             f"{path}: axis {chosen.axis} does not exist in shape {tuple(leaf.shape)}; give Rule(..., axis=)"
         )
     try:
-        jax.eval_shape(lambda w: quantize_array(w, chosen.spec, chosen.axis), _abstract(leaf))
+        _quantize_checked.eval_shape(_abstract(leaf), chosen.spec, chosen.axis)  # traced once for all alike
     except ValueError as error:
         raise ValueError(f"{path}: {error}; or leave it with Rule({path!r}, None)") from error
 
@@ -81,16 +162,6 @@ def _round_to_nearest(path: str, leaf: Any, spec: QuantSpec, axis: tuple[int, ..
     return quantized
 
 
-def not_finite(path: str, leaf: Any) -> ValueError:
-    """The error for a weight that holds NaN or Inf: says how many and where the first is."""
-    bad = ~jnp.isfinite(jnp.asarray(leaf))
-    first = tuple(int(i) for i in jnp.unravel_index(jnp.argmax(bad), bad.shape))
-    return ValueError(
-        f"{path}: {int(bad.sum())} of {bad.size} values are NaN or Inf, the first at index {first}; finite weights"
-        f" are accepted: repair the checkpoint, or leave it with Rule({path!r}, None)"
-    )
-
-
 def dequantize(qparams: Any) -> Any:
     """Gives the float tree that a quantized tree stands for.
 
@@ -100,6 +171,7 @@ def dequantize(qparams: Any) -> Any:
     Returns:
         The same tree with a float array, of the original dtype, for each QArray.
 
+    >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((128, 8))}
     >>> dequantize(quantize(params, QuantConfig.preset("w8a16")))["kernel"].dtype
     dtype('float32')

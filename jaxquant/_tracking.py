@@ -153,9 +153,7 @@ def _moved(order: Move) -> Callable:
         if not isinstance(value, Tracked) or any(map(tracker.is_special, rest)):
             return "parameters are mixed"
         dims = tuple(order(value, eqn))
-        return [
-            dataclasses.replace(value, array=out, dims=dims) for out in bind(frame, eqn, [value.array, *rest])
-        ]
+        return [dataclasses.replace(value, array=out, dims=dims) for out in bind(frame, eqn, [value.array, *rest])]
 
     return rule
 
@@ -174,9 +172,7 @@ def _cut(starts_of: Callable[[core.JaxprEqn, list], Sequence]) -> Callable:
                 picked.append(dims[d][0])
                 indices.append(jnp.asarray(start, jnp.int32))
                 dims[d] = ()
-        return [
-            dataclasses.replace(value, array=out, dims=tuple(dims), picked=tuple(picked), indices=tuple(indices))
-        ]
+        return [dataclasses.replace(value, array=out, dims=tuple(dims), picked=tuple(picked), indices=tuple(indices))]
 
     return rule
 
