@@ -27,10 +27,10 @@ def activation_quant(
     limit: float | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Quantize activations by their largest magnitude, after an optional RMSNorm and per-channel factor, reading them once.
+    """Quantize activations by their largest magnitude, after an optional RMSNorm and per-channel factor.
 
-    All arithmetic is float32: `value = (x * norm_weight * pre_scale) / rms(x)`, `scale = max |value| / limit`, the code is
-    `value / scale` rounded to the nearest, ties to even. No gradient passes.
+    All arithmetic is float32: `value = (x * norm_weight * pre_scale) / rms(x)`, `scale = max |value| / limit`, the code
+    is `value / scale` rounded to the nearest, ties to even. No gradient passes.
 
     Args:
         x: bfloat16, float16 or float32 [..., K].
@@ -39,13 +39,14 @@ def activation_quant(
         pre_scale: [K] factors (AWQ, SmoothQuant), or None.
         norm_weight: [K], the weight of the RMSNorm; needs epsilon.
         epsilon: added to the mean square of the RMSNorm; None for no norm.
-        limit: what the largest magnitude becomes in units of the scale; 127 or 448 by default. With 127.5 an int8 code uses all
-            256 levels.
-        implementation: "mosaic_gpu" (the Hopper kernel; never falls back), "xla", or None: the kernel on a CUDA device if it takes
-            the problem, else "xla"; decided when the program is lowered for its platform.
+        limit: what the largest magnitude becomes in units of the scale; 127 or 448 by default. With 127.5 an int8 code
+            uses all 256 levels.
+        implementation: "mosaic_gpu" (the Hopper kernel; never falls back), "xla", or None: the kernel on a CUDA device
+            if it takes the problem, else "xla"; decided when the program is lowered for its platform.
 
     Returns:
-        Codes [..., K] and float32 scales [..., K / group_size]. A group that holds a NaN has a NaN scale; one of zeros the scale 1.
+        Codes [..., K] and float32 scales [..., K / group_size]. A group that holds a NaN has a NaN scale; one of zeros
+        the scale 1.
 
     Raises:
         TypeError: for a dtype that is not accepted.
@@ -67,7 +68,7 @@ def activation_quant(
     if implementation not in (None, "mosaic_gpu", "xla"):
         raise ValueError(f"implementation={implementation!r}; accepted are 'mosaic_gpu', 'xla' and None")
     rows = x.reshape(-1, x.shape[-1])
-    if reason is not None or rows.shape[0] == 0:
+    if reason is not None or rows.size == 0:
         implementation = "xla"
     limit = LIMITS[jnp.dtype(dtype).name] if limit is None else float(limit)
     quantize = _batchable(implementation, jnp.dtype(dtype), group, limit, epsilon)
@@ -107,8 +108,8 @@ def _batchable(implementation, dtype, group, limit, epsilon):
     def batched(axis_size, in_batched, x, gain):
         x_batched, gain_batched = in_batched
         if gain_batched:
-            each = lambda i: quantize(x[i] if x_batched else x, gain[i])
-            return lax.map(each, jnp.arange(axis_size)), (True, True)
+            one = lax.map(lambda i: quantize(x[i] if x_batched else x, gain[i]), jnp.arange(axis_size))
+            return one, (True, True)
         codes, scale = quantize(x.reshape(-1, x.shape[-1]), gain)
         return (codes.reshape(x.shape), scale.reshape(*x.shape[:2], -1)), (True, True)
 

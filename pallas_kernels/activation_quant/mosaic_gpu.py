@@ -1,7 +1,8 @@
-"""The Hopper kernels: x is read once, from device memory into shared memory, whatever the number of passes over it there.
+"""The Hopper kernels: x is read from device memory once, whatever the number of passes over it in shared memory.
 
-A scale a token: a block is one warpgroup and takes one row; as many blocks as fit share a multiprocessor, so that one waits for
-its row while others work on theirs. A scale a group: a block takes the groups of 64 tokens, rows of a wgmma-shaped register tile.
+A scale a token: a block is one warpgroup and takes one row; as many blocks as fit share a multiprocessor, so that one
+waits for its row while others work on theirs. A scale a group: a block takes the groups of 64 tokens, rows of a
+wgmma-shaped register tile.
 """
 
 import functools
@@ -44,10 +45,13 @@ def _tokens_body(x, gain, codes, scale, row, arrived, *, dtype, limit, epsilon, 
     plgpu.barrier_wait(arrived)
     chunks = row.shape[0] // chunk
     layout = plgpu.Layout.WG_STRIDED((chunk, LANES), vec_size=chunk)
-    load = lambda ref, i: plgpu.load(ref.at[pl.ds(i * chunk, chunk)], layout=layout, optimized=False).astype(
-        jnp.float32
-    )
-    scaled = lambda value, i: value if gain is None else value * load(gain, i)
+
+    def load(ref, i):
+        return plgpu.load(ref.at[pl.ds(i * chunk, chunk)], layout=layout, optimized=False).astype(jnp.float32)
+
+    def scaled(value, i):
+        return value if gain is None else value * load(gain, i)
+
     zeros = plgpu.layout_cast(jnp.zeros((chunk, LANES), jnp.float32), layout)
 
     def measure(i, carry):
@@ -74,8 +78,9 @@ def _tokens_body(x, gain, codes, scale, row, arrived, *, dtype, limit, epsilon, 
 
 
 def quantize_groups(x, gain, inverse_rms, dtype, limit: float) -> tuple[jax.Array, jax.Array]:
-    """Quantize each 128 inputs of each row of x [M, K] by a scale of their own, rows first multiplied by inverse_rms [M] if given.
+    """Quantize each 128 inputs of each row of x [M, K] by a scale of their own.
 
+    The rows are first multiplied by inverse_rms [M], if given.
     The scales come out as the transpose of what is stored, [K / 128, M]: the layout that the product wants.
     """
     m, k = x.shape

@@ -32,7 +32,7 @@ def activation_quant_reference(x, gain, dtype, group_size, limit, epsilon) -> tu
         values = values * gain[None, :]
     if inverse_rms is not None:
         values = values * inverse_rms
-    groups = values.reshape(x.shape[0], -1, group_size)
+    groups = values.reshape(x.shape[0], x.shape[1] // group_size, group_size)
     absmax = jnp.max(jnp.abs(groups), axis=2)
     absmax = jnp.where(jnp.any(jnp.isnan(groups), axis=2), jnp.nan, absmax)  # Not every backend's maximum keeps it.
     scale = scale_of(absmax, limit)

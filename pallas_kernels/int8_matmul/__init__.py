@@ -44,22 +44,24 @@ def int8_matmul(
 ) -> jax.Array:
     """Multiply 8-bit activations by an 8-bit weight: `((x - x_zero_point) * x_scale) @ (codes * w_scale) + bias`.
 
-    int8 products are summed exactly; fp8 products in float32, promoted out of the tensor core at least every 256 inputs.
-    A float x is quantized here, a scale a token (a scale per 128 inputs if the weight's scales are blocked), and its gradient
-    passes straight through the rounding. Under `vmap` tokens fold into one product, and weights are taken one after another.
+    int8 products are summed exactly; fp8 products in float32, promoted out of the tensor core at least every 256
+    inputs. A float x is quantized here, a scale a token (a scale per 128 inputs if the weight's scales are blocked),
+    and its gradient passes straight through the rounding. Under `vmap` tokens fold into one product, and weights are
+    taken one after another.
 
     Args:
         x: codes [..., K] of the weight's dtype, or bfloat16, float16 or float32.
         weight: int8 or float8_e4m3fn [padded N, padded K], from `pack`.
         w_scale: [1, N] a channel, [1, 1] for the tensor, or [padded K / 128, padded N / 128] for 128 x 128 blocks.
-        x_scale: of codes, with x's rank: [..., 1] a token, all ones for the tensor, [..., padded K / 128] with a blocked w_scale.
+        x_scale: of codes, with x's rank: [..., 1] a token, all ones for the tensor, [..., padded K / 128] with a
+            blocked w_scale.
         x_zero_point: integers [..., 1], for asymmetric int8 codes.
         weight_sum: int32 [padded N] from `output_sums`, which a zero point is multiplied by; summed here if absent.
         bias: [N].
         num_outputs: N where w_scale does not tell; the padded N by default.
         out_dtype: of the result; a float x's own by default, else bfloat16.
-        implementation: "mosaic_gpu" (the Hopper kernel; never falls back), "xla", or None: the faster one on a CUDA device, as
-            measured, and "xla" elsewhere; decided when the program is lowered for its platform.
+        implementation: "mosaic_gpu" (the Hopper kernel; never falls back), "xla", or None: the faster one on a CUDA
+            device, as measured, and "xla" elsewhere; decided when the program is lowered for its platform.
         config: the kernel's configuration; by default the cost model's choice.
 
     Returns:
@@ -102,49 +104,55 @@ def int8_matmul(
         bias = jnp.pad(bias, (0, padded_n - bias.shape[0]))
     call = _resolve(_Call(implementation, config, out_dtype), rows, weight, x_scale, w_scale, x_zero_point)
     out = _multiply(call, straight, (rows, weight, x_scale, w_scale, x_zero_point, weight_sum, bias))
-    return out[:, :n].reshape(*lead, n)
+    return out[:, :n].reshape(*lead, n)  # pyright: ignore[reportIndexIssue] - custom_vjp loses the type
 
 
 def _check(x, weight, w_scale, x_scale, x_zero_point, bias):
     """Refuse operands that do not fit, by name."""
     if weight.ndim != 2 or w_scale.ndim != 2 or x.ndim < 1:
         raise ValueError(
-            f"int8_matmul takes x [..., K], weight [N, K] (see pack) and w_scale of two dimensions; got x {x.shape}, weight "
-            f"{weight.shape}, w_scale {w_scale.shape} (vmap over leading weight axes)"
-        )
-    if weight.dtype not in (jnp.int8, jnp.float8_e4m3fn):
-        raise TypeError(f"weight is {weight.dtype}; accepted are int8 and float8_e4m3fn")
-    if x.dtype != (weight.dtype if x_scale is not None else x.dtype):
-        raise TypeError(f"x is {x.dtype} and weight {weight.dtype}; codes with a scale must have the weight's dtype")
-    if x_scale is None and x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise TypeError(
-            f"x is {x.dtype} without an x_scale; accepted are bfloat16, float16 and float32, or codes with x_scale"
+            f"int8_matmul takes x [..., K], weight [N, K] (see pack) and w_scale of two dimensions; got x {x.shape}, "
+            f"weight {weight.shape}, w_scale {w_scale.shape} (vmap over leading weight axes)"
         )
     n, k = weight.shape
     if n % BLOCK or k % BLOCK or not k - BLOCK < x.shape[-1] <= k:
         raise ValueError(
             f"weight has shape {weight.shape}; x with K = {x.shape[-1]} needs [N, K], each padded to 128 by pack()"
         )
-    blocks = (k // BLOCK, n // BLOCK)
-    if not (
-        w_scale.shape == blocks
-        or (w_scale.shape[0] == 1 and (w_scale.shape[1] == 1 or n - BLOCK < w_scale.shape[1] <= n))
-    ):
-        raise ValueError(f"w_scale has shape {w_scale.shape}; accepted for this weight are (1, N), (1, 1) and {blocks}")
-    if x_scale is not None:
-        leads = (x.shape[:-1], (1,) * (x.ndim - 1))
-        if x_scale.ndim != x.ndim or x_scale.shape[:-1] not in leads or x_scale.shape[-1] not in (1, k // BLOCK):
-            raise ValueError(
-                f"x_scale has shape {x_scale.shape}; accepted for x {x.shape} are [..., 1], all ones and [..., {k // BLOCK}]"
-            )
-    if x_zero_point is not None and (
-        weight.dtype != jnp.int8 or x_zero_point.shape != (*x.shape[:-1], 1) or x_scale is None
-    ):
+    _check_dtypes(x, weight, x_scale)
+    _check_scales(x, weight, w_scale, x_scale)
+    zero_shape = (*x.shape[:-1], 1)
+    if x_zero_point is not None and (weight.dtype != jnp.int8 or x_scale is None or x_zero_point.shape != zero_shape):
         raise ValueError(
-            f"x_zero_point of shape {x_zero_point.shape} goes with int8 codes, their x_scale, and has shape {(*x.shape[:-1], 1)}"
+            f"x_zero_point has shape {x_zero_point.shape}; with int8 codes and their x_scale it is {zero_shape}"
         )
     if bias is not None and (bias.ndim != 1 or not n - BLOCK < bias.shape[0] <= n):
         raise ValueError(f"bias has shape {bias.shape}, expected (N,)")
+
+
+def _check_dtypes(x, weight, x_scale):
+    if weight.dtype not in (jnp.int8, jnp.float8_e4m3fn):
+        raise TypeError(f"weight is {weight.dtype}; accepted are int8 and float8_e4m3fn")
+    if x_scale is not None and x.dtype != weight.dtype:
+        raise TypeError(f"x is {x.dtype} and weight {weight.dtype}; codes with a scale must have the weight's dtype")
+    if x_scale is None and x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise TypeError(
+            f"x is {x.dtype} without x_scale; accepted are bfloat16, float16, float32, or codes and x_scale"
+        )
+
+
+def _check_scales(x, weight, w_scale, x_scale):
+    n, k = weight.shape
+    blocks, columns = (k // BLOCK, n // BLOCK), w_scale.shape[1]
+    if w_scale.shape != blocks and (w_scale.shape[0] != 1 or not (columns == 1 or n - BLOCK < columns <= n)):
+        raise ValueError(f"w_scale has shape {w_scale.shape}; accepted for this weight are (1, N), (1, 1) and {blocks}")
+    if x_scale is None:
+        return
+    leads = (x.shape[:-1], (1,) * (x.ndim - 1))
+    if x_scale.ndim != x.ndim or x_scale.shape[:-1] not in leads or x_scale.shape[-1] not in (1, k // BLOCK):
+        raise ValueError(
+            f"x_scale has shape {x_scale.shape}; for x {x.shape} it is [..., 1], all ones or [..., {k // BLOCK}]"
+        )
 
 
 def _resolve(call: _Call, x, weight, x_scale, w_scale, x_zero_point) -> _Call:
@@ -165,7 +173,7 @@ def _forms(weight, x_scale, w_scale) -> tuple[bool, bool]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(call: _Call, x, operands):
+def _multiply(call: _Call, x, operands) -> jax.Array:
     """`[M, K]` to `[M, N]`, all padded; `x` is the float activation, if any, that the codes came from."""
     del x
     return _batchable(call)(*operands)
@@ -177,9 +185,10 @@ def _multiply_forward(call, x, operands):
 
 def _multiply_backward(call, residuals, cotangent):
     x, (codes, weight, x_scale, w_scale, x_zero_point, weight_sum, bias) = residuals
-    product = lambda x_scale, w_scale, bias: int8_matmul_reference(
-        codes, weight, x_scale, w_scale, x_zero_point, weight_sum, bias, call.out_dtype
-    )
+
+    def product(x_scale, w_scale, bias):
+        return int8_matmul_reference(codes, weight, x_scale, w_scale, x_zero_point, weight_sum, bias, call.out_dtype)
+
     _, vjp = jax.vjp(product, x_scale, w_scale, bias)
     dx_scale, dw_scale, dbias = vjp(cotangent)
     dx = None
@@ -209,9 +218,8 @@ def _batchable(call: _Call):
         weights = (in_batched[1], in_batched[3], in_batched[5], in_batched[6])
         if not any(jax.tree.leaves(weights)):
             m = x.shape[-2]
-            fold = lambda a, is_batched: None if a is None else _fold(a, is_batched, axis_size, m)
             x, x_scale, x_zero_point = (
-                fold(a, flag) for a, flag in zip((x, x_scale, x_zero_point), tokens, strict=True)
+                _fold(a, flag, axis_size, m) for a, flag in zip((x, x_scale, x_zero_point), tokens, strict=True)
             )
             out = product(x, weight, x_scale, w_scale, x_zero_point, weight_sum, bias)
             return out.reshape(axis_size, m, out.shape[1]), True
@@ -228,6 +236,8 @@ def _batchable(call: _Call):
 
 def _fold(a, is_batched: bool, axis_size: int, m: int):
     """An operand of every token, batch and tokens one dimension."""
+    if a is None:
+        return None
     a = a if is_batched else a[None]
     return jnp.broadcast_to(a, (axis_size, m, a.shape[-1])).reshape(axis_size * m, a.shape[-1])
 
@@ -247,9 +257,8 @@ def _dispatch(call: _Call, *operands):
 
 def _mosaic_gpu(call: _Call, x, weight, x_scale, w_scale, x_zero_point, weight_sum, bias):
     blocked, _ = _forms(weight, x_scale, w_scale)
-    config = call.config or default_config(
-        x.shape[0], *weight.shape[::-1], weight.dtype, blocked=blocked, out_dtype=call.out_dtype
-    )
+    n, k = weight.shape
+    config = call.config or default_config(x.shape[0], k, n, weight.dtype, blocked=blocked, out_dtype=call.out_dtype)
     if not blocked:
         x_scale, w_scale = x_scale.reshape(-1), w_scale.reshape(-1)
     else:

@@ -40,13 +40,15 @@ class Config:
     def __post_init__(self):
         if self.rows % (64 * self.num_warpgroups) or self.columns % 8 or not 8 <= self.columns <= 256:
             raise ValueError(
-                f"{self}: each warpgroup takes a multiple of 64 rows ({self.rows} in all); columns ({self.columns}) are a multiple "
-                "of 8 up to 256"
+                f"{self}: a warpgroup takes a multiple of 64 rows ({self.rows} in all); columns ({self.columns}) are a "
+                "multiple of 8 up to 256"
             )
         if self.block_k % BLOCK or self.num_stages < 2:
             raise ValueError(f"{self}: block_k is a multiple of {BLOCK}, and num_stages at least 2")
         if self.multicast > 1 and self.split_k > 1:
             raise ValueError(f"{self}: a cluster shares an operand or splits the inputs, not both")
+        if self.split_k > 1 and self.rows > 64 * self.num_warpgroups:
+            raise ValueError(f"{self}: a warpgroup that splits the inputs takes 64 rows")
 
     @property
     def rows(self) -> int:
@@ -68,24 +70,33 @@ class Config:
         """Pieces of a tile's columns that different blocks of a cluster add up."""
         return max(q for q in range(1, self.split_k + 1) if self.columns % (8 * q) == 0)
 
-    def store_columns(self, out_dtype) -> int:
-        """Columns written out at once: 128 bytes of an output row, or half of that where stages need the room."""
+    @property
+    def chunk(self) -> int:
+        """Columns of a chunk."""
+        return self.columns // self.chunks
+
+    def piece(self, out_dtype) -> int:
+        """Columns written out at once: 64, or 128 bytes of an output row (64 where stages need the room)."""
         if self.weights_first:
-            return 64
-        return (64 if self.block_m * self.block_n > BLOCK * BLOCK else 128) // jnp.dtype(out_dtype).itemsize
+            return min(self.chunk, 64)
+        row_bytes = 64 if self.block_m * self.block_n > BLOCK * BLOCK else 128
+        return min(self.chunk, row_bytes // jnp.dtype(out_dtype).itemsize)
+
+    def stagings(self, out_dtype) -> int:
+        """Buffers that pieces alternate between: two, if that brings every tile back to the first."""
+        return 1 if self.chunk // self.piece(out_dtype) % 2 else 2
 
     def shared_memory_bytes(self, out_dtype) -> int:
         """Shared memory that a launch takes at most, whatever scales it has."""
         stage = (self.block_m + self.block_n) * self.block_k + 4 * self.block_m * self.block_k // BLOCK
         vectors = 2 * 4 * (2 * self.block_m + 3 * self.block_n)
-        chunk = self.columns // self.chunks
-        piece = 64 * min(chunk, self.store_columns(out_dtype)) * jnp.dtype(out_dtype).itemsize
-        partial = (self.split_k - 1) * 64 * chunk * 4
-        return self.num_stages * stage + vectors + self.num_warpgroups * (2 * piece + partial)
+        out = self.stagings(out_dtype) * 64 * self.piece(out_dtype) * jnp.dtype(out_dtype).itemsize
+        partial = (self.split_k - 1) * 64 * self.chunk * 4
+        return self.num_stages * stage + vectors + self.num_warpgroups * (out + partial)
 
 
 def num_clusters(size: int, num_sms: int = HOPPER_SMS) -> int:
-    """Clusters of `size` blocks that run at once (some of a Hopper's processor groups hold 18 SMs, two more than fours fit)."""
+    """Clusters of `size` blocks that run at once: some of Hopper's processor groups hold 18 SMs, and fours leave 2."""
     return num_sms // size if size <= 2 else (num_sms - 4) // size
 
 
@@ -104,7 +115,7 @@ def supports(
     if jnp.dtype(x_dtype) not in (jnp.int8, jnp.float8_e4m3fn):
         return f"codes of {jnp.dtype(x_dtype).name}; the kernel takes int8 and float8_e4m3fn"
     if mixed:
-        return "only one of the scales is blocked; the kernel takes x's 1 x 128 and the weight's 128 x 128 together, or neither"
+        return "only one of the scales is blocked; the kernel takes x's 1 x 128 with the weight's 128 x 128, or neither"
     if config is None:
         return None
     if config.weights_first and jnp.dtype(out_dtype).itemsize > 2:

@@ -1,4 +1,4 @@
-"""The layout of an 8-bit weight: K-major, as wgmma wants 8-bit operands in shared memory, padded to whole 128 x 128 blocks."""
+"""The layout of an 8-bit weight: K-major, as wgmma wants it in shared memory, padded to whole 128 x 128 blocks."""
 
 import jax
 import jax.numpy as jnp

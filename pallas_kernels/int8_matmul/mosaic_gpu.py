@@ -1,15 +1,17 @@
 """The Hopper 8-bit kernel: both operands stream through shared memory into wgmma, scales wait for the sums.
 
-One kernel serves both regimes; a `Config` says how it is cut, and which side of wgmma the tokens take. With many tokens they fill
-the 64 rows of a wgmma and the outputs its flexible side; with few (`weights_first`) the outputs fill the rows, so that a tile of
-8 tokens wastes nothing, and the product comes out transposed.
+One kernel serves both regimes; a `Config` says how it is cut, and which side of wgmma the tokens take. With many tokens
+they fill the 64 rows of a wgmma and the outputs its flexible side; with few (`weights_first`) the outputs fill the
+rows, so that a tile of 8 tokens wastes nothing, and the product comes out transposed.
 
-- A persistent block walks over tiles. One warp drives the copy engine through a ring of stages that runs on across tiles; the
-  compute warpgroups share nothing but the ring, so that one stores its part of a tile while another multiplies the next.
-- int8 sums stay in the int32 accumulator over all of K. The fp8 tensor core keeps about 14 bits of a sum, so every stage's
-  product is added to a float32 total in registers; block scales multiply it on the way at no cost.
-- Blocks of a cluster either share the larger operand of their tiles (`multicast`: each fetches a part of it for all of them), or
-  the inputs of one tile (`split_k`: partial sums meet in distributed shared memory and are added in a fixed order).
+- A persistent block walks over tiles. One warp drives the copy engine through a ring of stages that runs on across
+  tiles; the compute warpgroups share nothing but the ring, so that one stores its part of a tile while another
+  multiplies the next.
+- int8 sums stay in the int32 accumulator over all of K. The fp8 tensor core keeps about 14 bits of a sum, so every
+  stage's product is added to a float32 total in registers; block scales multiply it on the way at no cost.
+- Blocks of a cluster either share the larger operand of their tiles (`multicast`: each fetches a part of it for all of
+  them), or the inputs of one tile (`split_k`: partial sums meet in distributed shared memory and are added in a fixed
+  order).
 
 Ragged tiles cost nothing: the copy engine fills reads out of bounds with zeros and drops such writes.
 """
@@ -29,8 +31,8 @@ TILE = 64
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
-# Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at launch
-# (168, 128, 96) pays exactly for what the others take, in steps of 8.
+# Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at
+# launch (168, 128, 96) pays exactly for what the others take, in steps of 8.
 _COMPUTE_REGISTERS = {2: 232, 3: 152, 4: 112}
 _COPY_REGISTERS = {2: 40, 3: 40, 4: 24}
 
@@ -100,8 +102,7 @@ class _Plan:
         self.m_tiles, self.n_tiles = pl.cdiv(self.m, config.block_m), pl.cdiv(self.n, config.block_n)
         self.k_steps = pl.cdiv(self.k, config.block_k)
         self.groups = config.block_k // BLOCK
-        self.chunk = config.columns // config.chunks
-        self.piece = min(self.chunk, config.store_columns(out_dtype))
+        self.piece = config.piece(out_dtype)
         self.piece_shape = (self.piece, TILE) if config.weights_first else (TILE, self.piece)
         # The tiles of a multicast cluster lie side by side, so as to share the larger operand.
         self.shares_x = config.block_m > config.block_n
@@ -130,7 +131,7 @@ class _Plan:
         scratch = {
             "x": _tiled((stages, c.block_m, c.block_k), self.dtype),
             "weight": _tiled((stages, c.block_n, c.block_k), self.dtype),
-            "out": _tiled((c.num_warpgroups, 2, *self.piece_shape), self.out_dtype),
+            "out": _tiled((c.num_warpgroups, c.stagings(self.out_dtype), *self.piece_shape), self.out_dtype),
             "full": plgpu.Barrier(num_arrivals=2 + self.blocked, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
             "vectors": {name: plgpu.SMEM((2, size), dtype) for name, (size, dtype) in vectors},
@@ -146,7 +147,7 @@ class _Plan:
             scratch["vectors_empty"] = plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=2)
         if c.split_k > 1:
             scratch |= {
-                "partial": _tiled((c.num_warpgroups, c.split_k - 1, TILE, self.chunk), jnp.float32),
+                "partial": _tiled((c.num_warpgroups, c.split_k - 1, TILE, c.chunk), jnp.float32),
                 "arrived": plgpu.Barrier(num_arrivals=c.split_k - 1, num_barriers=c.num_warpgroups),
                 "free": plgpu.ClusterBarrier(collective_axes=("peer",), num_barriers=c.num_warpgroups),
             }
@@ -190,8 +191,8 @@ def _body(plan: _Plan, x, weight, vectors, out):
 def _for_each_tile(plan: _Plan, visit):
     """Call `visit(count, m_tile, n_tile, first_step, last_step, position)` for this block's tiles.
 
-    The position counts the stages of the ring that have gone by; `visit` returns it as it is after the tile. Returns the number of
-    tiles and the last position.
+    The position counts the stages of the ring that have gone by; `visit` returns it as it is after the tile. Returns
+    the number of tiles and the last position.
     """
     cluster, rank = lax.axis_index("tile"), lax.axis_index("peer")
     split = plan.config.split_k
@@ -211,15 +212,15 @@ def _for_each_tile(plan: _Plan, visit):
 def _copy_tiles(plan: _Plan, x, weight, vectors, smem):
     """Stream every stage of this block's tiles through the ring."""
     c = plan.config
-    shared = {"collective_axes": ("peer",)} if c.multicast > 1 else {}
-    x_options, weight_options = (shared, {}) if plan.shares_x else ({}, shared)
+    shared = ("peer",) if c.multicast > 1 else None
+    x_peers, weight_peers = (shared, None) if plan.shares_x else (None, shared)
 
     def copy_stage(tokens, outputs, step, position):
         slot = lax.rem(position, jnp.int32(c.num_stages))
         pl.when(position >= c.num_stages)(lambda: plgpu.barrier_wait(smem["empty"].at[slot]))
         inputs, full = pl.ds(step * c.block_k, c.block_k), smem["full"].at[slot]
-        plgpu.copy_gmem_to_smem(weight.at[outputs, inputs], smem["weight"].at[slot], full, **weight_options)
-        plgpu.copy_gmem_to_smem(x.at[tokens, inputs], smem["x"].at[slot], full, **x_options)
+        plgpu.copy_gmem_to_smem(weight.at[outputs, inputs], smem["weight"].at[slot], full, collective_axes=weight_peers)
+        plgpu.copy_gmem_to_smem(x.at[tokens, inputs], smem["x"].at[slot], full, collective_axes=x_peers)
         if plan.blocked:
             groups = pl.ds(step * plan.groups, plan.groups)
             plgpu.copy_gmem_to_smem(vectors["x_scale"].at[groups, tokens], smem["group_scale"].at[slot], full)
@@ -335,6 +336,10 @@ def _product_promoted(plan: _Plan, warpgroup, vectors, smem, first, last, positi
                     value = value * _group_scale(plan, warpgroup, smem, slot, i, group, w_scales[group])
                 parts.append(total + value)
             totals = tuple(parts)
+        if (
+            plan.blocked and c.multicast > 1
+        ):  # One lane arrives at the peers' barriers: all must have read their scales.
+            plgpu.commit_smem()
         plgpu.barrier_arrive(smem["empty"].at[slot])
         return totals
 
@@ -367,7 +372,7 @@ def _reduce(plan: _Plan, warpgroup, smem, count, total, store):
     rank = lax.axis_index("peer")
     pl.when(count > 0)(lambda: plgpu.barrier_wait(smem["free"].at[warpgroup]))
     owners = [lax.rem(count * chunks + q, jnp.int32(split)) for q in range(chunks)]
-    pieces = [total[:, q * plan.chunk : (q + 1) * plan.chunk] for q in range(chunks)]
+    pieces = [total[:, q * plan.config.chunk : (q + 1) * plan.config.chunk] for q in range(chunks)]
     for owner, piece in zip(owners, pieces, strict=True):
 
         @pl.when(rank != owner)
@@ -390,7 +395,7 @@ def _reduce(plan: _Plan, warpgroup, smem, count, total, store):
             for place in range(split - 1):
                 partial = plgpu.load(smem["partial"].at[warpgroup, place], layout=plgpu.Layout.WGMMA)
                 total = total + lax.bitcast_convert_type(partial, total.dtype)
-            store(total, q * plan.chunk)
+            store(total, q * plan.config.chunk)
 
     plgpu.commit_smem()  # All lanes have read before one of them says so.
     plgpu.barrier_arrive(smem["free"].at[warpgroup])
@@ -398,11 +403,11 @@ def _reduce(plan: _Plan, warpgroup, smem, count, total, store):
 
 def _store(plan: _Plan, warpgroup, vectors, out, smem, count, row, first_m, first_n, total, column: int):
     """Scale 64 rows of sums from a column on, and write them out a piece at a time."""
-    place = lax.rem(count, jnp.int32(2))
+    place, stagings = lax.rem(count, jnp.int32(2)), plan.config.stagings(plan.out_dtype)
     for i, start in enumerate(range(0, total.shape[1], plan.piece)):
         piece = _finish(plan, vectors, smem, place, row, column + start, total[:, start : start + plan.piece])
-        staging = smem["out"].at[warpgroup, i % 2]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        staging = smem["out"].at[warpgroup, i % stagings]
+        plgpu.wait_smem_to_gmem(stagings - 1, wait_read_only=True)
         if plan.config.weights_first:
             staging.T[...] = piece
             where = pl.ds(first_m + column + start, plan.piece), pl.ds(first_n + row, TILE)

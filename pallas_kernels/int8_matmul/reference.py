@@ -48,14 +48,15 @@ def _product(x, weight) -> jax.Array:
 def _blocked_product(x, weight, x_scale, w_scale) -> jax.Array:
     """The sum of the scaled products of every 128 inputs."""
     groups = x.shape[1] // BLOCK
-    blocks = lambda codes: codes.reshape(codes.shape[0], groups, BLOCK).swapaxes(0, 1)
     w_scale = jnp.repeat(w_scale, BLOCK, axis=1) if is_blocked(w_scale, weight) else w_scale
     w_scale = jnp.broadcast_to(w_scale, (groups, w_scale.shape[1]))
     x_scale = jnp.broadcast_to(x_scale, (x_scale.shape[0], groups))
+
+    stacked = [codes.reshape(codes.shape[0], groups, BLOCK).swapaxes(0, 1) for codes in (x, weight)]
 
     def add(total, operands):
         x, weight, x_scale, w_scale = operands
         return total + _product(x, weight).astype(jnp.float32) * (x_scale[:, None] * w_scale[None, :]), None
 
     zeros = jnp.zeros((x.shape[0], weight.shape[0]), jnp.float32)
-    return lax.scan(add, zeros, (blocks(x), blocks(weight), x_scale.T, w_scale))[0]
+    return lax.scan(add, zeros, (*stacked, x_scale.T, w_scale))[0]
