@@ -1,0 +1,188 @@
+"""Decode attention over quantized caches against cuDNN's bfloat16 on one GPU: every row verified, then timed.
+
+    python -m experiments.bench_decode_attention [--sweep] [--json FILE] [--time-limit SECONDS]
+
+Each row runs in a process of its own (a kernel that hangs costs only itself). "us" is every kernel of the call by the
+profiler; TB/s counts the bytes of keys, values and scales.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import secrets
+import statistics
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from experiments import _workers
+from experiments._clock import conditions
+from pallas_kernels.decode_attention import Config, decode_attention
+from pallas_kernels.decode_attention.cases import CORRECTNESS, SPEED, Case
+
+FORMATS = {"bf16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+SWEEP = {
+    "int8": [(64, 3, 1), (64, 3, 2), (64, 3, 4), (64, 2, 2), (64, 4, 2), (128, 2, 1), (128, 2, 2), (128, 3, 2)],
+    "bf16": [(64, 2, 1), (64, 2, 2), (64, 3, 1), (64, 3, 2), (128, 2, 1)],
+}
+# Weights and the result are rounded to bfloat16 (relative 2**-9 each, 2**-8 at worst) once more than the reference's.
+TOLERANCE = 2.0**-7
+
+
+def main():
+    """Runs the bench, or as a worker its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="several configurations on two of the rows")
+    parser.add_argument("--json", type=pathlib.Path, help="write every row here")
+    parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for everything")
+    parser.add_argument("--workers", type=int, default=6, help="processes that compile at the same time")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return _workers.serve(measure)
+    rows = _workers.run(
+        "experiments.bench_decode_attention",
+        items(arguments.sweep),
+        workers=arguments.workers,
+        seconds=arguments.time_limit,
+        on_result=lambda row: print(line(row), flush=True),
+    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=1))
+    print(f"\n{len(rows)} rows, {sum(not row.get('ok') for row in rows)} not ok")
+    for row in sorted(rows, key=lambda row: (row["case"], row["mode"])):
+        print(line(row))
+    return 0 if all(row.get("ok") for row in rows) else 1
+
+
+def items(sweep: bool) -> list[dict]:
+    """The rows to run, most wanted first."""
+    item = lambda case, mode, config=None: {"case": case, "mode": mode, "config": config}  # noqa: E731
+    fast = [item(case, mode) for case in SPEED for mode in ("cudnn", "int8", "bf16", "fp8")]
+    checks = [item(case, mode) for case in CORRECTNESS for mode in FORMATS]
+    splits = [item("ragged", "int8", [64, 2, split]) for split in (1, 2, 4, 8)]
+    swept = [
+        item(case, mode, list(config)) for mode, configs in SWEEP.items() for config in configs
+        for case in ("b16_s4096", "b64_s8192")
+    ]  # fmt: skip
+    return fast + checks + splits + (swept if sweep else [])
+
+
+def measure(item: dict) -> dict:
+    """One row: its error on some of the sequences, then its time."""
+    case = (SPEED | CORRECTNESS)[item["case"]]
+    program = jax.jit(_program(case, item))
+    shapes = jax.eval_shape(functools.partial(inputs, case, item["mode"]), jax.random.key(0))
+    program = program.lower(*shapes).compile()
+    with _workers.device_turn():
+        args = jax.jit(functools.partial(inputs, case, item["mode"]))(jax.random.key(secrets.randbits(31)))
+        row = verify(program, args, case, item["mode"])
+        if row["ok"] and item["case"] in SPEED:
+            row |= _times(program, args, case, item["mode"])
+    return row
+
+
+def inputs(case: Case, mode: str, key: jax.Array) -> tuple:
+    """Random queries, cache and lengths; cuDNN's cache is [B, S, K, H]."""
+    keys = jax.random.split(key, 6)
+    q = jax.random.normal(keys[0], (case.batch, case.heads, case.head_dim), jnp.bfloat16)
+    lengths = jnp.full((case.batch,), case.tokens) if case.lengths is None else jnp.array(case.lengths)
+    if mode == "cudnn":
+        shape = (case.batch, case.tokens, case.kv_heads, case.head_dim)
+        return q, *(jax.random.normal(k, shape, jnp.bfloat16) for k in keys[1:3]), lengths
+    size = case.page_size or case.tokens
+    rows = case.batch * case.tokens // size
+    k_shape, v_shape = (rows, case.kv_heads, size, case.head_dim), (rows, case.kv_heads, case.head_dim, size)
+    if mode == "bf16":
+        cache = {name: jax.random.normal(k, s, jnp.bfloat16) for name, k, s in
+                 (("k", keys[1], k_shape), ("v", keys[2], v_shape))}  # fmt: skip
+    else:
+        # Bytes of any value but NaN's: the kernel must take every code.
+        codes = (jax.lax.bitcast_convert_type(jax.random.bits(k, s, jnp.uint8), jnp.int8) for k, s in
+                 ((keys[1], k_shape), (keys[2], v_shape)))  # fmt: skip
+        if mode == "fp8":
+            codes = (jax.lax.bitcast_convert_type(jnp.where((c & 127) == 127, 0, c), jnp.float8_e4m3fn) for c in codes)
+        largest = 127.0 if mode == "int8" else 448.0
+        scales = (jax.random.uniform(k, k_shape[:3], minval=1 / largest, maxval=4 / largest) for k in keys[3:5])
+        cache = dict(zip(("k", "v", "k_scale", "v_scale"), (*codes, *scales), strict=True))
+    if case.page_size is not None:
+        cache["page_table"] = jax.random.permutation(keys[5], rows).astype(jnp.int32).reshape(case.batch, -1)
+    return q, cache, lengths
+
+
+def _program(case: Case, item: dict):
+    if item["mode"] == "cudnn":
+
+        def cudnn(q, k, v, lengths):
+            return jax.nn.dot_product_attention(q[:, None], k, v, implementation="cudnn")[:, 0]
+
+        return cudnn
+    config = None if item["config"] is None else Config(*item["config"])
+
+    def ours(q, cache, lengths):
+        return decode_attention(q, **cache, lengths=lengths, implementation="mosaic_gpu", config=config)
+
+    return ours
+
+
+def verify(program, args, case: Case, mode: str) -> dict:
+    """The error of the first and the last sequence, and whether the program repeats itself to the bit."""
+    first, second = (jax.block_until_ready(program(*args)) for _ in range(2))
+    row = {"deterministic": bool((first.view(jnp.int16) == second.view(jnp.int16)).all())}
+    row["finite"] = bool(jnp.isfinite(first).all())
+    sequences = range(case.batch) if case.lengths is not None else sorted({0, case.batch - 1})
+    errors = []
+    for b in sequences:
+        exact = jax.jit(functools.partial(_exact, mode=mode, case=case), static_argnums=1)(args, b)
+        norm = float(jnp.linalg.norm(exact))
+        difference = float(jnp.linalg.norm(first[b].astype(jnp.float32) - exact))
+        errors.append(difference / norm if norm else difference)
+    row["max_error"] = max(errors)
+    return row | {"ok": row["deterministic"] and row["finite"] and row["max_error"] < TOLERANCE}
+
+
+def _exact(args, sequence: int, *, mode: str, case: Case) -> jax.Array:
+    """The reference in float32 on one sequence."""
+    q, rest = args[0][sequence : sequence + 1].astype(jnp.float32), args[1:-1]
+    if mode == "cudnn":
+        k, v = (x[sequence : sequence + 1].astype(jnp.float32) for x in rest)
+        cache = {"k": k.transpose(0, 2, 1, 3), "v": v.transpose(0, 2, 3, 1)}
+    elif case.page_size is not None:
+        cache = dict(rest[0], page_table=rest[0]["page_table"][sequence : sequence + 1])
+    else:
+        cache = {name: x[sequence : sequence + 1] for name, x in rest[0].items()}
+    if mode == "bf16":
+        cache |= {name: cache[name].astype(jnp.float32) for name in ("k", "v")}
+    with jax.default_matmul_precision("highest"):
+        return decode_attention(q, **cache, lengths=args[-1][sequence : sequence + 1], implementation="xla")[0]
+
+
+def _times(program, args, case: Case, mode: str) -> dict:
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, runs = profiler.Cupti(finalize=False).measure(program, aggregate=False, iterations=10)(*args)
+    medians = [(name, statistics.median(run[i][1] for run in runs) * 1e3) for i, (name, _) in enumerate(runs[0])]
+    us = statistics.median(sum(ms for _, ms in run) for run in runs) * 1e3
+    bytes_read = case.bytes_read(1 if mode in ("int8", "fp8") else 2)
+    return {
+        "us": us,
+        "terabytes_per_s": bytes_read / us / 1e6,
+        "kernels": [[name[:60], round(time, 1)] for name, time in medians],
+    }
+
+
+def line(row: dict) -> str:
+    """One row as text."""
+    text = f"{row['case']:14} {row['mode']:6} {row['config'] or 'default'!s:12} {'ok ' if row.get('ok') else 'BAD'}"
+    if "error" in row:
+        return f"{text} {row['error']}"
+    text += f" error {row['max_error']:.4f}{'' if row['deterministic'] else ' NOT DETERMINISTIC'}"
+    if "us" in row:
+        text += f" | {row['us']:8.1f} us {row['terabytes_per_s']:5.2f} TB/s"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

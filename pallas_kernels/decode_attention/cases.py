@@ -1,0 +1,37 @@
+"""Named shapes, shared by tests and benches."""
+
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    """One decode step: query heads over a cache of equal or ragged lengths."""
+
+    batch: int
+    tokens: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int | None = None
+    lengths: tuple[int, ...] | None = None
+
+    def bytes_read(self, itemsize: int) -> int:
+        """Bytes of codes and scales that a step must read."""
+        scales = 8 if itemsize == 1 else 0
+        return self.batch * self.kv_heads * self.tokens * (2 * self.head_dim * itemsize + scales)
+
+
+# The table that the kernel is measured on.
+SPEED = {
+    f"b{batch}_s{tokens}": Case(batch, tokens)
+    for batch, tokens in ((16, 4096), (64, 4096), (64, 8192), (128, 8192), (16, 32768), (64, 32768))
+}
+
+# Ragged lengths, groups, pages: what must be right, not fast.
+CORRECTNESS = {
+    "one_token": Case(1, 64, 4, 4, 64, lengths=(1,)),
+    "ragged": Case(5, 1024, 8, 2, lengths=(1024, 0, 1, 513, 700)),
+    "group_of_7": Case(2, 512, 14, 2, 64, lengths=(512, 100)),
+    "group_of_16": Case(2, 512, 32, 2, lengths=(512, 65)),
+    "paged": Case(3, 768, 32, 8, page_size=128, lengths=(768, 129, 20)),
+    "one_sequence": Case(1, 8192),
+}
