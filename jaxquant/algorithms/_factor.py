@@ -55,3 +55,21 @@ def factor_upper(hessian: jax.Array, damping: float) -> tuple[jax.Array, jax.Arr
     lower, used, _ = jax.lax.while_loop(failed, retry, (factor(first), first, jnp.zeros((), jnp.int32)))
     good = jnp.all(jnp.isfinite(lower))
     return jnp.where(good, lower[::-1, ::-1], eye), jnp.where(good, used, jnp.inf)
+
+
+def diagonal_blocks(matrix: jax.Array, size: int) -> jax.Array:
+    """The square blocks along a diagonal.
+
+    Args:
+        matrix: [K, K].
+        size: their size; it divides K.
+
+    Returns:
+        [K / size, size, size].
+
+    >>> diagonal_blocks(jnp.eye(4), 2).tolist()
+    [[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]]
+    """
+    count = matrix.shape[0] // size
+    place = jnp.arange(count)
+    return matrix.reshape(count, size, count, size)[place, :, place]

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxquant._numerics import decode, encode, expand_grid
 from jaxquant._spec import QuantSpec, TensorSpec
 from jaxquant._statistics import require
+from jaxquant.algorithms._factor import diagonal_blocks
 from jaxquant.algorithms._transform import (
     WeightState,
     WeightTransform,
@@ -122,9 +123,7 @@ def _round_to_nearest(
 def _search_clip(state: WeightState, grid: tuple[int, int], spec: TensorSpec) -> jax.Array:
     """Finds for each cell the range whose rounding errors the cell's own block of H weighs least."""
     size = state.weight.shape[0] // grid[0]
-    hessian = require(state.stats, "hessian")
-    blocks = hessian.reshape(grid[0], size, grid[0], size)
-    own = jnp.einsum("gsgt->gst", blocks)
+    own = diagonal_blocks(require(state.stats, "hessian"), size)
 
     def try_clip(best, step):
         clip, least = best

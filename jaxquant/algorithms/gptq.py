@@ -31,7 +31,7 @@ from jaxquant._numerics import decode, encode
 from jaxquant._spec import QuantSpec, TensorSpec
 from jaxquant._statistics import require
 from jaxquant.algorithms._descent import descend
-from jaxquant.algorithms._factor import factor_upper, regularize
+from jaxquant.algorithms._factor import diagonal_blocks, factor_upper, regularize
 from jaxquant.algorithms._transform import WeightState, WeightTransform, find_cells, make_transform, matrix_grid
 
 TILE = 128  # rows between two products with everything before them
@@ -168,7 +168,7 @@ def _solve_tiles(
     whole tile or for each row; those for whole tiles come back stacked, beside the codes.
     """
     tiles = weight.shape[0] // tile
-    diagonal = jnp.stack([factor[i : i + tile, i : i + tile] for i in range(0, weight.shape[0], tile)])
+    diagonal = diagonal_blocks(factor, tile)
     eye = jnp.broadcast_to(jnp.eye(tile), diagonal.shape)
     inverse = jax.lax.linalg.triangular_solve(diagonal, eye, left_side=True, lower=False)
 

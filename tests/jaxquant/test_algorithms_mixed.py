@@ -24,8 +24,7 @@ W4 = QuantSpec(TensorSpec("int4", PerGroup(16)))
 W8 = PRESETS["w8a8"]
 
 
-def problem(seed, channels=64, outputs=12, tokens=256):
-    rng = np.random.default_rng(seed)
+def problem(rng, channels=64, outputs=12, tokens=256):
     x = rng.standard_normal((tokens, channels)) @ (np.eye(channels) + 0.3 * rng.standard_normal((channels, channels)))
     return (0.5 * x).astype(np.float32), (rng.standard_normal((channels, outputs)) * 0.05).astype(np.float32)
 
@@ -35,8 +34,8 @@ def gather(x):
     return update_statistics(init_statistics({"hessian", "absmax", "mean_abs"}, x.shape[-1]), x)
 
 
-def test_llm_int8_keeps_channels_above_the_threshold():
-    x, w = problem(0)
+def test_llm_int8_keeps_channels_above_the_threshold(rng):
+    x, w = problem(rng)
     x[5, 7], x[9, 50] = 30, -40
     q, report = quantize_weight(jnp.asarray(w), W8, llm_int8(capacity=0.05), gather(x))
     assert isinstance(q, OutlierArray)
@@ -54,15 +53,15 @@ def test_llm_int8_keeps_channels_above_the_threshold():
     np.testing.assert_allclose(product, x @ dense, atol=64 * 1.2e-7 * np.abs(x).max() * np.abs(w).max() * 64)
 
 
-def test_llm_int8_reports_outliers_that_do_not_fit():
-    x, w = problem(1)
+def test_llm_int8_reports_outliers_that_do_not_fit(rng):
+    x, w = problem(rng)
     x[0, :10] = 100
     _, report = quantize_weight(jnp.asarray(w), W8, llm_int8(capacity=0.05), gather(x))
     assert (report["outliers"], report["outliers_left"]) == (4, 6)
 
 
-def test_salient_channels_and_gptq():
-    x, w = problem(2)
+def test_salient_channels_and_gptq(rng):
+    x, w = problem(rng)
     x[:, 20] *= 100
     q, report = quantize_weight(jnp.asarray(w), W4, chain(salient(fraction=0.01), gptq()), gather(x))
     assert q.index.item() == 20
@@ -71,8 +70,8 @@ def test_salient_channels_and_gptq():
     assert report["dead"] == 1
 
 
-def test_outliers_of_a_stack_with_heads():
-    x, w = problem(3)
+def test_outliers_of_a_stack_with_heads(rng):
+    x, w = problem(rng)
     x[:, 33] *= 50
     stats = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), gather(x))
     stack = jnp.asarray(np.stack([w, 2 * w])).reshape(2, 4, 16, 12)
@@ -84,8 +83,8 @@ def test_outliers_of_a_stack_with_heads():
     assert q.shape == (2, 4, 16, 12)
 
 
-def test_one_outlier_container_a_chain():
-    x, w = problem(4)
+def test_one_outlier_container_a_chain(rng):
+    x, w = problem(rng)
     with pytest.raises(ValueError, match="only one of"):
         quantize_weight(jnp.asarray(w), W8, chain(salient(), llm_int8()), gather(x))
 
@@ -97,10 +96,9 @@ def cross_statistics(x, x_float, residual=None):
     return update_statistics(empty, jnp.asarray(x), x_float=jnp.asarray(x_float), **extra)
 
 
-def test_full_compensation_is_least_squares():
+def test_full_compensation_is_least_squares(rng):
     """At strength 1 the weight is the ridge regression of the float outputs on the quantized inputs."""
-    x_float, w = problem(5)
-    rng = np.random.default_rng(6)
+    x_float, w = problem(rng)
     x = (x_float + 0.3 * rng.standard_normal(x_float.shape)).astype(np.float32)
     residual = rng.standard_normal((256, 12)).astype(np.float32) * 0.1
     stats = cross_statistics(x, x_float, residual)
@@ -113,9 +111,9 @@ def test_full_compensation_is_least_squares():
     np.testing.assert_allclose(state.weight, expected, atol=1e-3 * np.abs(expected).max())
 
 
-def test_compensation_lowers_the_error_against_float_outputs():
-    x_float, w = problem(7)
-    x = (x_float + 0.3 * np.random.default_rng(8).standard_normal(x_float.shape)).astype(np.float32)
+def test_compensation_lowers_the_error_against_float_outputs(rng):
+    x_float, w = problem(rng)
+    x = (x_float + 0.3 * rng.standard_normal(x_float.shape)).astype(np.float32)
     stats = cross_statistics(x, x_float)
 
     def error(transform):
@@ -125,15 +123,15 @@ def test_compensation_lowers_the_error_against_float_outputs():
     assert error(chain(compensate(strength=1.0), gptq())) < error(chain(compensate(), gptq())) < error(gptq())
 
 
-def test_equal_inputs_need_no_compensation():
-    x, w = problem(9)
+def test_equal_inputs_need_no_compensation(rng):
+    x, w = problem(rng)
     state = compensate().apply(WeightState(jnp.asarray(w), cross_statistics(x, x)), W4)
     np.testing.assert_array_equal(state.weight, w)
 
 
 @pytest.mark.parametrize(("qtype", "optimizer"), [("int3", "sign"), ("uint4", "adam")])
-def test_learned_rounding_lowers_the_error(qtype, optimizer):
-    x, w = problem(10)
+def test_learned_rounding_lowers_the_error(rng, qtype, optimizer):
+    x, w = problem(rng)
     spec = QuantSpec(TensorSpec(qtype, PerGroup(16), range="mse", scale_dtype="bfloat16"))
     transform = learned_rounding(steps=100, optimizer=optimizer)
     q, report = quantize_weight(jnp.asarray(w), spec, transform, gather(x))
@@ -141,16 +139,16 @@ def test_learned_rounding_lowers_the_error(qtype, optimizer):
     assert q.scale.dtype == jnp.bfloat16
 
 
-def test_learned_rounding_never_loses_to_its_start():
-    x, w = problem(11)
+def test_learned_rounding_never_loses_to_its_start(rng):
+    x, w = problem(rng)
     start = quantize_weight(jnp.asarray(w), W4, gptq(), gather(x))[1]["error"]
     trained = quantize_weight(jnp.asarray(w), W4, chain(gptq(), learned_rounding(steps=20)), gather(x))[1]["error"]
     assert trained <= start * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("qtype", ["int4", "uint3"])
-def test_untrained_rounding_is_the_start(qtype):
-    _, w = problem(12)
+def test_untrained_rounding_is_the_start(rng, qtype):
+    _, w = problem(rng)
     spec = QuantSpec(TensorSpec(qtype, PerGroup(16)))
     state = apply_rtn(WeightState(jnp.asarray(w), init_statistics((), 64)), spec)
     start = start_from(state, spec.weight)
@@ -159,9 +157,9 @@ def test_untrained_rounding_is_the_start(qtype):
     )
 
 
-def test_rounding_trains_on_any_objective():
+def test_rounding_trains_on_any_objective(rng):
     """A nonlinear function of the layer's output, as a block's, goes down."""
-    x, w = problem(13)
+    x, w = problem(rng)
     state = apply_rtn(WeightState(jnp.asarray(w), gather(x)), W4)
     start = start_from(state, W4.weight)
     target = jnp.tanh(jnp.asarray(x @ w))
@@ -173,8 +171,8 @@ def test_rounding_trains_on_any_objective():
     assert loss(trained) < 0.9 * loss(initial(start))
 
 
-def test_refusals():
-    x, w = problem(14)
+def test_refusals(rng):
+    x, w = problem(rng)
     with pytest.raises(ValueError, match="integer codes, got 'nf4'"):
         quantize_weight(jnp.asarray(w), QuantSpec(TensorSpec("nf4", PerGroup(16))), learned_rounding(), gather(x))
     with pytest.raises(ValueError, match=r"strength must lie in \[0, 1\], got 2"):
@@ -185,8 +183,8 @@ def test_refusals():
         learned_rounding(optimizer="sgd")
 
 
-def test_rtn_is_quantize_array():
-    _, w = problem(15)
+def test_rtn_is_quantize_array(rng):
+    _, w = problem(rng)
     spec = dataclasses.replace(W4, weight=dataclasses.replace(W4.weight, range="mse"))
     q, _ = quantize_weight(jnp.asarray(w), spec, rtn())
     nearest = quantize_array(jnp.asarray(w), spec)

@@ -22,9 +22,8 @@ W4 = QuantSpec(TensorSpec("int4", PerGroup(16), grid="restricted"))
 W8A8 = QuantSpec(TensorSpec("int8"), TensorSpec("int8", PerToken()))
 
 
-def problem(seed, channels=64, outputs=24, tokens=256):
+def problem(rng, channels=64, outputs=24, tokens=256):
     """Inputs of which a few channels are outliers, as behind a language model's norms."""
-    rng = np.random.default_rng(seed)
     x = rng.standard_normal((tokens, channels)) @ (np.eye(channels) + 0.3 * rng.standard_normal((channels, channels)))
     x[:, rng.choice(channels, 4, replace=False)] *= 20
     return x.astype(np.float32), (rng.standard_t(6, (channels, outputs)) * 0.03).astype(np.float32)
@@ -56,8 +55,8 @@ def awq_oracle(x, w):
     return np.array(factors), np.array(losses)
 
 
-def test_awq_finds_the_oracles_factor():
-    x, w = problem(0)
+def test_awq_finds_the_oracles_factor(rng):
+    x, w = problem(rng)
     factors, losses = awq_oracle(x, w)
     q, report = quantize_weight(jnp.asarray(w), W4, awq(clip=False), gather(x))
     distance = np.abs(1 / np.asarray(q.pre_scale).ravel() / factors - 1).max(1)
@@ -69,16 +68,16 @@ def test_awq_finds_the_oracles_factor():
     assert report["error"] == pytest.approx(losses[chosen] / power, rel=0.01)
 
 
-def test_awq_and_clipping_never_lose():
-    x, w = problem(1)
+def test_awq_and_clipping_never_lose(rng):
+    x, w = problem(rng)
     stats, w = gather(x), jnp.asarray(w)
     scaled = quantize_weight(w, W4, awq(clip=False), stats)[1]
     clipped = quantize_weight(w, W4, awq(), stats)[1]
     assert clipped["error"] < scaled["error"] < scaled["error_rtn"]
 
 
-def test_awq_takes_a_downstream_objective():
-    x, w = problem(2)
+def test_awq_takes_a_downstream_objective(rng):
+    x, w = problem(rng)
 
     def first_output_only(rounded, state):
         deviation = (rounded - state.weight)[:, :1]
@@ -91,32 +90,32 @@ def test_awq_takes_a_downstream_objective():
     assert errors[0] <= errors[1] * (1 + 1e-3)  # float32 losses order candidates this well
 
 
-def test_awq_state_keeps_the_product():
-    x, w = problem(3)
+def test_awq_state_keeps_the_product(rng):
+    x, w = problem(rng)
     state = awq(clip=False).apply(WeightState(jnp.asarray(w), gather(x)), W4)
     assert state.codes is None
     again = (x * np.asarray(state.pre_scale)) @ np.asarray(state.weight)
     np.testing.assert_allclose(again, x @ w, atol=1e-5 * np.abs(x).max() * np.abs(w).max() * 64)
 
 
-def test_smoothquant_factor_is_the_papers():
-    x, w = problem(4)
+def test_smoothquant_factor_is_the_papers(rng):
+    x, w = problem(rng)
     q, _ = quantize_weight(jnp.asarray(w), W8A8, smoothquant(alpha=0.6), gather(x))
     factor = np.abs(x).max(0) ** 0.6 / np.abs(w).max(1) ** 0.4
     factor = factor / np.exp(np.mean(np.log(factor)))
     np.testing.assert_allclose(1 / q.pre_scale.ravel(), factor, rtol=1e-5)
 
 
-def test_smoothquant_of_alpha_zero_changes_nothing():
-    x, w = problem(5)
+def test_smoothquant_of_alpha_zero_changes_nothing(rng):
+    x, w = problem(rng)
     q, _ = quantize_weight(jnp.asarray(w), W8A8, smoothquant(alpha=0.0), gather(x))
     assert np.all(q.pre_scale == 1)
     np.testing.assert_array_equal(codes_of(q), codes_of(quantize_array(jnp.asarray(w), W8A8)))
 
 
 @pytest.mark.parametrize("activation", [PerToken(), PerTensor()])
-def test_smoothquant_search_lowers_the_error_of_the_integer_product(activation):
-    x, w = problem(6)
+def test_smoothquant_search_lowers_the_error_of_the_integer_product(rng, activation):
+    x, w = problem(rng)
     spec = QuantSpec(TensorSpec("int8", PerChannel()), TensorSpec("int8", activation))
 
     def error(transform):
@@ -131,9 +130,9 @@ def test_smoothquant_search_lowers_the_error_of_the_integer_product(activation):
     assert searched < 0.5 * unchanged
 
 
-def test_chain_threads_statistics_in_closed_form():
+def test_chain_threads_statistics_in_closed_form(rng):
     """Smoothing and then GPTQ equals GPTQ on recalibrated smoothed inputs."""
-    x, w = problem(7)
+    x, w = problem(rng)
     q, _ = quantize_weight(jnp.asarray(w), W4, chain(smoothquant(alpha=0.5), gptq(rounds=0)), gather(x))
     factor = np.asarray(q.pre_scale).ravel()
     again, _ = quantize_weight(jnp.asarray(w / factor[:, None]), W4, gptq(rounds=0), gather(x * factor))
@@ -141,8 +140,8 @@ def test_chain_threads_statistics_in_closed_form():
     assert same.mean() >= 0.9  # the two Hessians differ in the last bits, so a near-tie may flip in a column
 
 
-def test_chain_of_awq_and_gptq_beats_both():
-    x, w = problem(8)
+def test_chain_of_awq_and_gptq_beats_both(rng):
+    x, w = problem(rng)
     errors = [
         float(quantize_weight(jnp.asarray(w), W4, t, gather(x))[1]["error"])
         for t in (awq(clip=False), chain(awq(clip=False), gptq()))
@@ -156,8 +155,8 @@ def test_chain_laws():
     assert needed_statistics(None, W4) == frozenset()
 
 
-def test_vmapped_awq_equals_looped():
-    problems = [problem(20 + i) for i in range(2)]
+def test_vmapped_awq_equals_looped(rng):
+    problems = [problem(rng) for i in range(2)]
     stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[gather(x) for x, _ in problems])
     stack, _ = quantize_weight(jnp.stack([w for _, w in problems]), W4, awq(), stats, batch_dims=1)
     for i, (x, w) in enumerate(problems):

@@ -23,8 +23,7 @@ WITHOUT_RESIDUAL = set(NEEDS) - {"residual", "cross"}
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 
-def inputs(seed, tokens=37, channels=6):
-    rng = np.random.default_rng(seed)
+def inputs(rng, tokens=37, channels=6):
     return rng.standard_normal((tokens, channels)) * np.exp(rng.standard_normal(channels))
 
 
@@ -40,8 +39,8 @@ def sums_bound(x):
     return (len(x) + 1) * EPS
 
 
-def test_update_matches_numpy():
-    x = inputs(0)
+def test_update_matches_numpy(rng):
+    x = inputs(rng)
     stats = gather(x)
     assert stats.count == len(x)
     single = x.astype(np.float32)
@@ -56,8 +55,8 @@ def test_update_matches_numpy():
     np.testing.assert_array_equal(stats.histogram, np.histogram(single, edges)[0])
 
 
-def test_merge_equals_one_pass():
-    x = inputs(1, tokens=64)
+def test_merge_equals_one_pass(rng):
+    x = inputs(rng, tokens=64)
     whole = gather(x)
     parts = jax.jit(merge_statistics)(gather(x[:5]), gather(x[5:]))
     for name in ("count", "absmax", "low", "high", "histogram", "exponent"):
@@ -65,23 +64,23 @@ def test_merge_equals_one_pass():
     np.testing.assert_allclose(parts.hessian, whole.hessian, atol=sums_bound(x) * np.abs(x).max() ** 2 * len(x))
 
 
-def test_histogram_range_growth_is_exact():
-    small, large = inputs(2) * 0.01, inputs(3) * 100
+def test_histogram_range_growth_is_exact(rng):
+    small, large = inputs(rng) * 0.01, inputs(rng) * 100
     grown = update(gather(small, {"histogram"}), jnp.asarray(large, jnp.float32))
     both = np.concatenate([small, large]).astype(np.float32)
     edges = np.linspace(-1, 1, BINS + 1) * 2.0 ** int(grown.exponent)
     np.testing.assert_array_equal(grown.histogram, np.histogram(both, edges)[0])
 
 
-def test_moving_average():
-    a, b = inputs(4).astype(np.float32), inputs(5).astype(np.float32)
+def test_moving_average(rng):
+    a, b = inputs(rng).astype(np.float32), inputs(rng).astype(np.float32)
     stats = update(gather(a, {"moving_average"}), jnp.asarray(b))
     expected = MOMENTUM * np.array([a.min(), a.max()]) + (1 - MOMENTUM) * np.array([b.min(), b.max()])
     np.testing.assert_allclose(stats.average, expected, rtol=4 * EPS)
 
 
-def test_rescale_equals_recomputing():
-    x, factor = inputs(6, tokens=300), np.exp(np.random.default_rng(7).standard_normal(6)).astype(np.float32)
+def test_rescale_equals_recomputing(rng):
+    x, factor = inputs(rng, tokens=300), np.exp(rng.standard_normal(6)).astype(np.float32)
     closed, again = rescale_statistics(gather(x), jnp.asarray(factor)), gather(x * factor)
     for name in ("absmax", "sum_abs", "low", "high", "samples"):
         np.testing.assert_allclose(getattr(closed, name), getattr(again, name), rtol=sums_bound(x), err_msg=name)
@@ -91,8 +90,8 @@ def test_rescale_equals_recomputing():
     assert closed.average is None
 
 
-def test_weights_mask_tokens():
-    x, mask = inputs(8), np.random.default_rng(9).integers(0, 2, 37)
+def test_weights_mask_tokens(rng):
+    x, mask = inputs(rng), rng.integers(0, 2, 37)
     masked, kept = gather(x, weights=jnp.asarray(mask)), gather(x[mask > 0])
     for name in ("count", "absmax", "low", "high", "average", "histogram", "exponent"):
         np.testing.assert_array_equal(getattr(masked, name), getattr(kept, name), err_msg=name)
@@ -104,13 +103,13 @@ def test_weights_mask_tokens():
     assert int(jnp.sum(empty.priority >= 0)) == 0
 
 
-def test_samples_are_rows_seen():
-    x = inputs(10, tokens=SAMPLES // 2).astype(np.float32)
+def test_samples_are_rows_seen(rng):
+    x = inputs(rng, tokens=SAMPLES // 2).astype(np.float32)
     few = gather(x, {"samples"})
     taken = np.asarray(few.samples)[np.asarray(few.priority) >= 0]
     np.testing.assert_array_equal(np.sort(taken[:, 0]), np.sort(x[:, 0]))
-    for seed in range(11, 14):
-        few = update(few, jnp.asarray(inputs(seed, tokens=SAMPLES), jnp.float32))
+    for _ in range(3):
+        few = update(few, jnp.asarray(inputs(rng, tokens=SAMPLES), jnp.float32))
     assert few.samples.shape == (SAMPLES, 6)
     assert np.all(np.asarray(few.priority) >= 0)
     shares = np.isin(np.asarray(few.samples)[:, 0], x[:, 0]).mean()
@@ -124,8 +123,8 @@ def test_bfloat16_inputs_accumulate_in_float32():
     assert np.all(stats.hessian == 1000)
 
 
-def test_cross_and_residual():
-    x, other, residual = inputs(14), inputs(15), inputs(16, channels=3)
+def test_cross_and_residual(rng):
+    x, other, residual = inputs(rng), inputs(rng), inputs(rng, channels=3)
     stats = update_statistics(
         init_statistics({"cross", "residual"}, 6, 3),
         jnp.asarray(x, jnp.float32),
@@ -159,14 +158,14 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("shape", "axis", "batch_dims", "spec"), FORMS)
-def test_matrix_round_trip_and_grids(shape, axis, batch_dims, spec):
+def test_matrix_round_trip_and_grids(rng, shape, axis, batch_dims, spec):
     form = matrix_form(shape, axis, batch_dims, spec)
-    w = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    w = jnp.asarray(rng.standard_normal(shape), jnp.float32)
     matrix = to_matrix(w, form)
     back = from_matrix(matrix, form)[tuple(slice(size) for size in shape)]
     np.testing.assert_array_equal(back, w)
     cells = grid_shape((1,) * (matrix.ndim - 2) + form.matrix_shape, (-2,), spec.granularity)
-    grid = jnp.asarray(np.random.default_rng(1).standard_normal((*form.batch, *cells[-2:])), jnp.float32)
+    grid = jnp.asarray(rng.standard_normal((*form.batch, *cells[-2:])), jnp.float32)
     spread = expand_grid(grid, matrix.shape)  # element by element, the grid means the same on both sides
     ours = expand_grid(grid_from_matrix(grid, form, spec), form.padded_shape)
     np.testing.assert_array_equal(
@@ -174,9 +173,9 @@ def test_matrix_round_trip_and_grids(shape, axis, batch_dims, spec):
     )
 
 
-def test_matrix_scales_equal_the_weights():
+def test_matrix_scales_equal_the_weights(rng):
     spec = TensorSpec("int4", PerGroup(16))
-    w = jnp.asarray(np.random.default_rng(2).standard_normal((4, 8, 6)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((4, 8, 6)), jnp.float32)
     form = matrix_form(w.shape, (-3, -2), 0, spec)
     direct, _ = find_scale(w, grid_shape(w.shape, (-3, -2), spec.granularity), spec)
     matrix, _ = find_scale(to_matrix(w, form), (2, 6), spec)
@@ -196,8 +195,8 @@ def test_matrix_form_refuses_contracted_batches():
         matrix_form((8, 4), (-2,), 1, TensorSpec("int8"))
 
 
-def test_vmapped_update_equals_looped():
-    x = np.stack([inputs(20), inputs(21)]).astype(np.float32)
+def test_vmapped_update_equals_looped(rng):
+    x = np.stack([inputs(rng), inputs(rng)]).astype(np.float32)
     empty = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), init_statistics({"hessian", "absmax"}, 6))
     together = jax.vmap(update_statistics)(empty, jnp.asarray(x))
     for i in range(2):
