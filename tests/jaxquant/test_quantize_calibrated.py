@@ -1,0 +1,142 @@
+"""`quantize` with an algorithm: whole models, experts that saw nothing, errors, the report."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+
+SPEC = jq.QuantSpec(jq.TensorSpec("int4", jq.PerGroup(16)))
+GPTQ = jq.QuantConfig(SPEC, algorithm=jq.gptq())
+
+
+def normal(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape).astype(np.float32))
+
+
+def correlated(rng, rows, channels):
+    """Inputs of which a few directions carry most."""
+    return normal(rng, rows, 4) @ normal(rng, 4, channels) + 0.1 * normal(rng, rows, channels)
+
+
+def unrolled(p, x):
+    for w in p["layers"]:
+        x = jnp.tanh(x @ w["kernel"])
+    return x
+
+
+def scanned(p, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["layers"]["kernel"])[0]
+
+
+@pytest.fixture
+def stack(rng):
+    """Three layers, as a list and as a stack, and inputs."""
+    w = normal(rng, 3, 32, 32) / 4
+    return {"layers": [{"kernel": layer} for layer in w]}, {"layers": {"kernel": w}}, correlated(rng, 64, 32)
+
+
+def test_scanned_and_unrolled_layers_get_the_same_codes(stack):
+    listed, stacked, x = stack
+    report = jq.Report()
+    one = jq.quantize(listed, GPTQ, apply_fn=unrolled, batches=[x[:40], x[40:]], report=report)
+    two = jq.quantize(stacked, GPTQ, apply_fn=scanned, batches=[x[:40], x[40:]])
+    for i, layer in enumerate(one["layers"]):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a, b[i]), layer["kernel"], two["layers"]["kernel"])
+    assert [row.path for row in report.rows] == [f"layers/{i}/kernel" for i in range(3)]
+    assert all(row.error < row.error_rtn and row.tokens == 64 and row.dead == 0 for row in report.rows)
+    assert json.loads(report.to_json())[0]["algorithm"] == "gptq"
+    assert len(str(report).splitlines()) == 4
+
+
+def test_two_steps_are_one(stack):
+    listed, _, x = stack
+    stats = jq.calibrate(unrolled, listed, [x], GPTQ)
+    two = jq.quantize(listed, GPTQ, stats=stats)
+    jax.tree.map(np.testing.assert_array_equal, two, jq.quantize(listed, GPTQ, apply_fn=unrolled, batches=[x]))
+
+
+def test_the_model_gives_the_axes_of_a_data_free_algorithm(rng):
+    params, x = {"table": normal(rng, 8, 32)}, normal(rng, 4, 32)
+    config = jq.QuantConfig(SPEC)
+
+    def model(p, x):
+        return x @ p["table"].T
+
+    assert jq.quantize(params, config, apply_fn=model, batches=[x])["table"].axis == (-1,)
+    explicit = jq.QuantConfig(SPEC, algorithm=jq.rtn())
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jq.quantize(params, explicit, apply_fn=model, batches=[x])["table"],
+        jq.quantize(params, config, apply_fn=model, batches=[x])["table"],
+    )
+
+
+@pytest.fixture
+def experts(rng):
+    """Three experts of which the second sees no token."""
+    x = correlated(rng, 24, 32)
+    return (
+        {"experts": normal(rng, 3, 32, 8)},
+        lambda p, x: jax.lax.ragged_dot(x, p["experts"], jnp.asarray([8, 0, 16])),
+        x,
+    )
+
+
+def test_an_expert_without_tokens_is_an_error(experts):
+    params, model, x = experts
+    with pytest.raises(ValueError, match=r"experts: 1 of 3 matrices saw no token: 1; .*unseen='rtn'"):
+        jq.quantize(params, GPTQ, apply_fn=model, batches=[x])
+
+
+@pytest.mark.parametrize("algorithm", [jq.gptq(), jq.chain(jq.awq(), jq.gptq())])
+def test_an_expert_without_tokens_is_rounded_to_nearest_by_option(experts, algorithm):
+    params, model, x = experts
+    report = jq.Report()
+    config = jq.QuantConfig(SPEC, algorithm=algorithm)
+    got = jq.quantize(params, config, apply_fn=model, batches=[x], unseen="rtn", report=report)["experts"]
+    nearest = jq.quantize(params, jq.QuantConfig(SPEC))["experts"]
+    np.testing.assert_array_equal(got.qvalue[1], nearest.qvalue[1])
+    np.testing.assert_array_equal(got.scale[1], nearest.scale[1])
+    assert np.any(np.asarray(got.qvalue[0]) != np.asarray(nearest.qvalue[0]))
+    assert got.pre_scale is None or np.all(np.asarray(got.pre_scale[1]) == 1)
+    assert re.search("1 of 3 matrices saw no token", report.rows[0].note)
+    assert report.rows[0].tokens == 0
+
+
+def test_static_activations_are_calibrated_without_an_algorithm(rng):
+    static = jq.TensorSpec("int8", jq.PerTensor(), static=True)
+    config = jq.QuantConfig(jq.QuantSpec(jq.TensorSpec("int8"), static))
+    params, x = {"kernel": normal(rng, 32, 8)}, normal(rng, 16, 32)
+
+    def model(p, x):
+        return x @ p["kernel"]
+
+    q = jq.quantize(params, config, apply_fn=model, batches=[x])["kernel"]
+    expected = 2 * np.abs(np.asarray(x)).max() / 255
+    np.testing.assert_allclose(np.asarray(q.act_scale).item(), expected, rtol=2 * np.finfo(np.float32).eps)
+    assert jq.quantized(model, on_dense="error")({"kernel": q}, x).shape == (16, 8)
+
+
+@pytest.mark.parametrize(
+    "config, options, words",
+    [
+        (GPTQ, {}, r"kernel: algorithm 'gptq' needs calibration; give .*apply_fn=.*stats="),
+        (GPTQ, {"apply_fn": lambda p, x: x @ p["kernel"]}, "give batches= too"),
+        (GPTQ, {"apply_fn": lambda p, x: x @ p["kernel"], "batches": []}, "give batches= too"),
+        (GPTQ, {"unseen": "skip"}, "unseen='skip'; accepted: 'error', 'rtn'"),
+    ],
+)
+def test_missing_data_is_an_error(rng, config, options, words):
+    with pytest.raises(ValueError, match=words):
+        jq.quantize({"kernel": normal(rng, 32, 8)}, config, **options)
+
+
+def test_a_nan_weight_is_named(rng):
+    params = {"kernel": normal(rng, 32, 8).at[3, 4].set(jnp.nan)}
+    with pytest.raises(ValueError, match=r"kernel: 1 of 256 values are NaN or Inf, the first at index \(3, 4\)"):
+        jq.quantize(params, GPTQ, apply_fn=lambda p, x: x @ p["kernel"], batches=[normal(rng, 4, 32)])
