@@ -28,6 +28,20 @@ VERIFY = [
     *[{"m": m, "k": 1000, "n": 100, "group": 1000, "bias": True} for m in (1, 16, 40, 128, 257)],
     *[{"m": m, "k": 14336, "n": 4096, "group": 14336} for m in (4, 16, 512)],
     *[{"m": m, "k": 8192, "n": 57344, "group": 128} for m in (1, 64, 4096)],
+    *[
+        {"m": m, "k": 4096, "n": 4096, "group": 128, "config": {"num_warpgroups": 2, "snake_width": 4} | config}
+        for m, config in (
+            (60, {"block_m": 64, "block_k": 256, "num_stages": 4, "split_k": 2, "multicast": 2, "scale_after": True}),
+            (
+                300,
+                {"block_m": 128, "block_k": 128, "num_stages": 4, "split_k": 2, "multicast": 2, "scale_after": False},
+            ),
+            (
+                900,
+                {"block_m": 256, "block_k": 128, "num_stages": 2, "split_k": 1, "multicast": 2, "scale_after": False},
+            ),
+        )
+    ],
 ]
 
 
@@ -53,16 +67,14 @@ def _verify(item: dict) -> dict:
     import jax
 
     from experiments import _int4, _workers
-    from pallas_kernels.int4_matmul import int4_matmul
+    from pallas_kernels.int4_matmul import Config, int4_matmul
 
     options = {name: item[name] for name in ("m", "k", "n", "group", "dtype", "zero", "bias") if name in item}
     data = _int4.problem(item["seed"], **options)
     operands = (data["x"], *data["weights"][0])
-    run = (
-        jax.jit(functools.partial(int4_matmul, implementation="mosaic_gpu"))
-        .lower(*operands, bias=data["bias"])
-        .compile()
-    )
+    config = Config(**item["config"]) if "config" in item else None
+    product = jax.jit(functools.partial(int4_matmul, implementation="mosaic_gpu", config=config))
+    run = product.lower(*operands, bias=data["bias"]).compile()
     check = _int4.compiled_check(data, lambda: run(*operands, bias=data["bias"]))
     with _workers.device_turn():
         return check()
