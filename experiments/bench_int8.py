@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import os
+import time
 
 from pallas_kernels.activation_quant.cases import SHAPES as QUANT_SHAPES
 from pallas_kernels.int8_matmul.cases import BLOCK_SHAPES, SHAPES
@@ -22,7 +23,7 @@ DTYPES = ("float8_e4m3fn", "int8")
 
 def verify_items() -> list[dict]:
     """Each form, each cut of the kernel, ragged in every dimension that is not padded."""
-    config = lambda **cut: {"num_stages": 4, "block_k": 128} | cut  # noqa: E731
+    config = lambda **cut: {"num_stages": 4, "block_k": 128, "weights_first": False, "multicast": 1, "split_k": 1} | cut  # noqa: E731
     first = lambda m, **cut: config(weights_first=True, block_m=m, block_n=128, **cut)  # noqa: E731
     cuts = [
         (300, config(block_m=256, block_n=128), "float8_e4m3fn"),
@@ -115,8 +116,10 @@ def sweep_items() -> list[dict]:
 
 
 def torch_items(shapes: list[str], tokens: list[int]) -> list[dict]:
-    """One item a shape, so that PyTorch loads once for all its token counts."""
-    return [{"what": "torch", "shape": s, "tokens": tokens} for s in shapes]
+    """Two token counts an item: few enough to be done before a worker counts as hung."""
+    return [
+        {"what": "torch", "shape": s, "tokens": tokens[i : i + 2]} for i in range(0, len(tokens), 2) for s in shapes
+    ]
 
 
 def measure(item: dict) -> dict:
@@ -264,6 +267,12 @@ def _time_quant(item: dict) -> dict:
     return result
 
 
+def _cut(item: dict) -> str:
+    """What a hang of one item makes of no use to try again: configurations with clusters of the same sort."""
+    config = item.get("config")
+    return str([config["weights_first"], config["split_k"] > 1, config["multicast"] > 1] if config else item)
+
+
 def show(result: dict):
     """One line a result."""
     names = ("what", "shape", "m", "k", "n", "dtype", "form", "group")
@@ -305,16 +314,21 @@ def main():
         "quant": quant_items(),
         "sweep": sweep_items(),
     }
-    items = [
-        item | {"seed": secrets.randbelow(2**31)} for step in STEPS if step in options.only for item in steps[step]
-    ]
-    results = _workers.run(
-        "experiments.bench_int8", items, workers=options.workers, seconds=options.time_limit, on_result=show
-    )
+    deadline, results, asked = time.monotonic() + options.time_limit, [], 0
+    for phase in (STEPS[:-1], STEPS[-1:]):  # Within a run workers choose items by what they have in memory.
+        items = [item for step in phase if step in options.only for item in steps[step]]
+        asked += len(items)
+        results += _workers.run(
+            "experiments.bench_int8",
+            [item | {"seed": secrets.randbelow(2**31)} for item in items],
+            workers=options.workers,
+            seconds=deadline - time.monotonic(),
+            stall=20,
+            kin=_cut,
+            on_result=show,
+        )
     checked = [r for r in results if "ok" in r or "error" in r]
-    print(
-        f"{len(results)} of {len(items)} items; {sum(not r.get('ok') for r in checked)} of {len(checked)} checks failed"
-    )
+    print(f"{len(results)} of {asked} items; {sum(not r.get('ok') for r in checked)} of {len(checked)} checks failed")
     if options.json:
         from experiments._clock import conditions
 
