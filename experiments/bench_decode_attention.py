@@ -24,8 +24,8 @@ from pallas_kernels.decode_attention.cases import CORRECTNESS, SPEED, Case
 
 FORMATS = {"bf16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 SWEEP = {
-    "int8": [(64, 3, 1), (64, 3, 2), (64, 3, 4), (64, 2, 2), (64, 4, 2), (128, 2, 1), (128, 2, 2), (128, 3, 2)],
-    "bf16": [(64, 2, 1), (64, 2, 2), (64, 3, 1), (64, 3, 2), (128, 2, 1)],
+    "int8": [(64, 3, 1), (64, 2, 2), (64, 2, 4), (64, 4, 4), (64, 6, 2), (128, 2, 1), (128, 2, 2), (128, 3, 2)],
+    "bf16": [(64, 2, 1), (64, 2, 2), (64, 6, 1), (128, 2, 1)],
 }
 # Weights and the result are rounded to bfloat16 (relative 2**-9 each, 2**-8 at worst) once more than the reference's.
 TOLERANCE = 2.0**-7

@@ -67,7 +67,7 @@ def decode_attention(
     if implementation == "mosaic_gpu" and reason is not None:
         raise NotImplementedError(f"implementation='mosaic_gpu': {reason}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    operands = q, k, v, jnp.clip(lengths.astype(jnp.int32), 0, capacity), k_scale, v_scale, page_table
+    operands = q, k, v, lengths.astype(jnp.int32), k_scale, v_scale, page_table
     xla = functools.partial(decode_attention_reference, scale=scale)
     kernel = functools.partial(decode_attention_mosaic_gpu, scale=scale, config=config)
     if implementation is None and reason is None:

@@ -5,10 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-SHARED_MEMORY_BYTES = 227 * 1024  # of one multiprocessor
+SHARED_MEMORY_BYTES = 227 * 1024  # of one block at most; a multiprocessor has what each block reserves more
+RESERVED_BYTES = 1024
 MULTIPROCESSORS = 132
 HEAD_DIMS = (64, 128)
 LARGEST_GROUP = 64
+BLOCKS = 4  # resident on a multiprocessor, by registers
+ENOUGH_BLOCKS = 3  # hide the latency of one another's products and softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +38,26 @@ class Config:
 
 
 def default_config(q: jax.Array, k: jax.Array, capacity: int) -> Config:
-    """The configuration used when the caller names none: about 48 KB in flight, whole waves of blocks."""
-    stages = max(2, 49152 // (2 * 64 * q.shape[2] * k.dtype.itemsize))
+    """The configuration used when the caller names none: full waves of blocks, some at a time on a multiprocessor."""
     pairs = q.shape[0] * k.shape[1]
-    slots = MULTIPROCESSORS * max(1, SHARED_MEMORY_BYTES // shared_memory(q, k, Config(64, stages, 1)))
+    candidates = [Config(64, stages, split) for stages in (2, 3, 4, 6) for split in (1, 2, 4, 8)]
+    fitting = [c for c in candidates if shared_memory(q, k, c) <= SHARED_MEMORY_BYTES and c.split * 128 <= capacity]
 
-    def waste(split: int) -> float:
-        waves = -(-pairs * split // slots)
-        return waves * slots / (pairs * split)
+    def resident(config: Config) -> int:
+        block_bytes = shared_memory(q, k, config) + RESERVED_BYTES
+        most = min(BLOCKS, (SHARED_MEMORY_BYTES + RESERVED_BYTES) // block_bytes)
+        return min(most, -(-pairs * config.split // MULTIPROCESSORS))
 
-    usable = [split for split in (1, 2, 4, 8) if split == 1 or capacity >= split * 64 * 2]
-    return Config(64, stages, min(usable, key=lambda split: (waste(split) > 1.1 * min(map(waste, usable)), split)))
+    def waste(config: Config) -> float:
+        """Time over that of blocks that fill every wave; memory's speed is shared by the blocks that are resident."""
+        slots, blocks = MULTIPROCESSORS * resident(config), pairs * config.split
+        return -(-blocks // slots) * slots / blocks
+
+    if not fitting:
+        return Config(64, 2, 1)
+    least = min(map(waste, fitting))
+    good = [c for c in fitting if waste(c) <= 1.1 * least]
+    return min(good, key=lambda c: (-min(resident(c), ENOUGH_BLOCKS), c.split, -c.stages))
 
 
 def supports(q: jax.Array, k: jax.Array, page_size: int | None, config: Config) -> str | None:
@@ -75,8 +87,8 @@ def padded_group(heads: int, kv_heads: int) -> int:
 
 
 def shared_memory(q: jax.Array, k: jax.Array, config: Config) -> int:
-    """Bytes of shared memory of one block, with 2 KB for barriers and reductions."""
+    """Bytes of shared memory of one block, with 3 KB for barriers and reductions."""
     head_dim, group = q.shape[2], padded_group(q.shape[1], k.shape[1])
     tile = 2 * config.block * (head_dim * k.dtype.itemsize + (4 if k.dtype.itemsize == 1 else 0))
     partial = (config.split - 1) * (head_dim + 128) * group * 4
-    return config.stages * tile + group * (2 * head_dim + config.block) * 2 + partial + 2048
+    return config.stages * tile + group * (2 * head_dim + config.block) * 2 + partial + 3072

@@ -38,28 +38,26 @@ def decode_attention_mosaic_gpu(
     scale: float,
     config: Config,
 ) -> jax.Array:
-    """Runs the kernel; arguments as `decode_attention_reference`'s, lengths int32 within the capacity."""
+    """Runs the kernel; arguments as `decode_attention_reference`'s, lengths int32."""
     batch, heads, head_dim = q.shape
-    kv_heads, group = k.shape[1], padded_group(heads, k.shape[1])
-    padding = group - heads // kv_heads
+    kv_heads = k.shape[1]
     queries = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0)))
-    operands = {"q": queries.astype(_compute_dtype(q, k)), "k": k, "v": v, "lengths": lengths}
+    operands = {"q": queries, "k": k, "v": v, "lengths": lengths}
     optional = {"k_scale": k_scale, "v_scale": v_scale, "page_table": page_table}
     operands |= {name: x for name, x in optional.items() if x is not None}
     call = plgpu.kernel(
         lambda *refs: pl.run_scoped(
             functools.partial(_kernel, dict(zip(operands, refs, strict=False)), refs[-1], scale=scale, config=config),
-            _scratch(operands, q.dtype, config),
+            _scratch(operands, config),
         ),
-        out_type=jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), q.dtype),
+        out_type=jax.ShapeDtypeStruct(queries.shape, q.dtype),
         grid=(kv_heads, batch),
         grid_names=("head", "batch"),
         cluster=(config.split,),
         cluster_names=("split",),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    return call(*operands.values())[:, :, : heads // kv_heads].reshape(q.shape)
+    return call(*operands.values()).reshape(q.shape)
 
 
 def _compute_dtype(q: jax.Array, k: jax.Array) -> jnp.dtype:
@@ -69,17 +67,18 @@ def _compute_dtype(q: jax.Array, k: jax.Array) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if k.dtype == jnp.int8 else jnp.float16)
 
 
-def _scratch(operands: dict, out_dtype, config: Config) -> dict:
+def _scratch(operands: dict, config: Config) -> dict:
     """Shared memory and barriers, by name."""
-    group, head_dim = operands["q"].shape[2:]
+    q, k = operands["q"], operands["k"]
+    head_dim, group = q.shape[3], padded_group(q.shape[1] * q.shape[2], q.shape[1])
     stages, block, others = config.stages, config.block, config.split - 1
-    dtype = operands["q"].dtype
+    dtype = _compute_dtype(q, k)
     scratch = {
+        "rows": plgpu.SMEM((group, head_dim), q.dtype),  # queries as they come, outputs as they go
         "q": _tiled((group, head_dim), dtype),
         "k": _tiled((stages, block, head_dim), operands["k"].dtype),
         "v": _tiled((stages, head_dim, block), operands["v"].dtype),
         "p": _tiled((group, block), dtype),
-        "out": _tiled((group, head_dim), out_dtype),
         "q_ready": plgpu.Barrier(),
         "ready": plgpu.Barrier(num_barriers=stages, num_arrivals=4 if "k_scale" in operands else 2),
     }
@@ -107,8 +106,10 @@ def _kernel(refs: dict, out_ref, smem: dict, *, scale: float, config: Config):
     """One block: its share of the tokens of one sequence and key head."""
     batch, head, rank = (lax.axis_index(name) for name in ("batch", "head", "split"))
     block, stages, split = config.block, config.stages, config.split
-    group, head_dim = refs["q"].shape[2:]
-    length = refs["lengths"][batch]
+    group, head_dim = smem["q"].shape
+    heads = refs["q"].shape[2]
+    pages = refs["page_table"].shape[1] if "page_table" in refs else 1
+    length = jnp.clip(refs["lengths"][batch], 0, pages * refs["k"].shape[2])
     tiles = lax.div(length + block - 1, jnp.int32(block))
     first, last = lax.div(rank * tiles, jnp.int32(split)), lax.div((rank + 1) * tiles, jnp.int32(split))
 
@@ -127,10 +128,14 @@ def _kernel(refs: dict, out_ref, smem: dict, *, scale: float, config: Config):
             if name in refs:
                 plgpu.copy_gmem_to_smem(refs[name].at[sequence, head, tokens], smem[name].at[slot], ready)
 
-    plgpu.copy_gmem_to_smem(refs["q"].at[batch, head], smem["q"], smem["q_ready"])
+    plgpu.copy_gmem_to_smem(refs["q"].at[batch, head], smem["rows"].at[pl.ds(0, heads)], smem["q_ready"])
     for i in range(stages):
         pl.when(first + i < last)(lambda i=i: fetch(first + i))
     plgpu.barrier_wait(smem["q_ready"])
+    # Columns past the heads hold anything: nothing is read from theirs.
+    q = plgpu.load(smem["rows"].T, layout=TILE, optimized=False)
+    smem["q"].T[...] = q.astype(smem["q"].dtype)
+    plgpu.commit_smem()
 
     def step(tile, carry):
         acc, maximum, total = carry
@@ -210,9 +215,9 @@ def _merge(state, smem: dict):
 def _store(state, out_ref, smem: dict):
     acc, _, total = state
     inverse = 1.0 / jnp.where(total == 0.0, jnp.inf, total)  # nothing seen: zeros
-    smem["out"].T[...] = (acc * _along_columns(inverse, acc)).astype(out_ref.dtype)
+    smem["rows"].T[...] = (acc * _along_columns(inverse, acc)).astype(out_ref.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(smem["out"], out_ref)
+    plgpu.copy_smem_to_gmem(smem["rows"].at[pl.ds(0, out_ref.shape[0])], out_ref)
     plgpu.wait_smem_to_gmem(0)
 
 
