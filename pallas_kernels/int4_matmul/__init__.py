@@ -1,7 +1,7 @@
 """int4 weights times 16-bit activations."""
 
 import functools
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,8 @@ def int4_matmul(
         x = x * pre_scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (k,))
     pad = -n % TILE
     if pad:
-        scale, zero_point = (None if a is None else jnp.pad(a, ((0, 0), (0, pad))) for a in (scale, zero_point))
+        scale = jnp.pad(scale, ((0, 0), (0, pad)))
+        zero_point = None if zero_point is None else jnp.pad(zero_point, ((0, 0), (0, pad)))
         bias = None if bias is None else jnp.pad(bias, (0, pad))
     if zero_point is not None:
         zero_point = zero_point.astype(scale.dtype)
@@ -73,7 +74,7 @@ def int4_matmul(
         raise NotImplementedError(f"int4_matmul: {reason}")
     elif implementation not in (None, "mosaic_gpu", "xla"):
         raise ValueError(f"implementation={implementation!r}; accepted are 'mosaic_gpu', 'xla' and None")
-    out = _multiply(implementation, config, x.reshape(-1, k), qweight, scale, zero_point, bias)
+    out = cast(jax.Array, _multiply(implementation, config, x.reshape(-1, k), qweight, scale, zero_point, bias))
     return out.reshape(*x.shape[:-1], n + pad)[..., :n]
 
 

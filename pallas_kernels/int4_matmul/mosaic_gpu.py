@@ -174,7 +174,7 @@ def _for_each_tile(plan: _Plan, visit):
 def _copy_tiles(plan: _Plan, x, w, scale, zero, smem):
     """Stream every stage of this block's tiles through the ring."""
     c = plan.config
-    shared = {"collective_axes": ("peer",)} if c.multicast > 1 else {}
+    shared_by = ("peer",) if c.multicast > 1 else None
 
     def copy_stage(m_tile, n_tile, step, position):
         slot = lax.rem(position, jnp.int32(c.num_stages))
@@ -192,7 +192,7 @@ def _copy_tiles(plan: _Plan, x, w, scale, zero, smem):
             x.at[pl.ds(m_tile * c.block_m, c.block_m), pl.ds(step * c.block_k, c.block_k)],
             smem["x"].at[slot],
             full,
-            **shared,
+            collective_axes=shared_by,
         )
         plgpu.copy_gmem_to_smem(scale.at[rows, columns], smem["scale"].at[slot], full)
         if zero is not None:
@@ -260,7 +260,7 @@ def _release(plan: _Plan, empty):
 
 
 @plgpu.inline_mgpu()
-def _synchronize_warpgroup(_):
+def _synchronize_warpgroup(_=None):
     mgpu.utils.warpgroup_barrier()
 
 

@@ -1,5 +1,7 @@
 """From packed words in shared memory to a wgmma operand in registers, the one piece that knows the weight format."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,7 @@ def unpack_int4(tile, offset: jax.Array, scale: jax.Array | None, *, first_step:
         arg_types=(plgpu.RefType(), *[ROWS] * len(rows)),
         return_type=plgpu.ShapeDtypeStruct((64, depth), jnp.dtype(dtype), plgpu.Layout.WGMMA),
     )
-    def emit(_, tile, offset, *scale):
+    def emit(_, tile, offset, *scale) -> Any:
         words = _load_words(tile, first_step, depth // 16)
         offsets, *scales = [[_pair(value) for value in row.registers.flat] for row in (offset, *scale)]
         halves = [(offsets[h], scales[0][h] if scales else None) for h in range(2)]
