@@ -155,6 +155,27 @@ def _decode_node(kind: str, body: Any, get: Callable[[int], Any], path: str) -> 
     raise ValueError(f"{path}: a node of unknown kind {kind!r}; this version knows {ACCEPTED}")
 
 
+def replace_leaves(node: Any, fn: Callable[[str, Any], Any], path: str = "") -> Any:
+    """Maps `fn(path, node)` over the arrays and containers of a tree's node; everything else is kept.
+
+    >>> replace_leaves({"list": [{"array": 5}, None]}, lambda path, node: {"array": path})
+    {'list': [{'array': '0'}, None]}
+    """
+    if node is None:
+        return None
+    ((kind, body),) = node.items()
+    if kind in _MAPPINGS:
+        pairs = [(key, join(path, decode_value(key, path)), child) for key, child in body]
+        return {kind: [[key, replace_leaves(child, fn, at)] for key, at, child in pairs]}
+    if kind in _SEQUENCES:
+        return {kind: [replace_leaves(child, fn, join(path, index)) for index, child in enumerate(body)]}
+    if kind in _BOXES:
+        return {kind: [replace_leaves(body[0], fn, path), body[1]]}
+    if kind == "nnx.Variable":
+        return {kind: [body[0], replace_leaves(body[1], fn, path), body[2]]}
+    return node if kind == "scalar" else fn(path, node)
+
+
 def _encode_container(container: Any, put: Callable[[str, Any], int], path: str) -> list[Any]:
     """Splits a container's fields into nodes (its pytree leaves) and plain values."""
     keyed = jax.tree_util.tree_flatten_with_path(container, is_leaf=lambda node: node is not container)[0]

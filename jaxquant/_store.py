@@ -10,7 +10,7 @@ import pathlib
 import re
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,7 +34,7 @@ class Record:
 
     Attributes:
         path: its "/"-joined place in the tree.
-        shape: as stored.
+        shape: its shape.
         dtype: the logical dtype's name.
         shard: the folder that holds it, or None for an array without elements.
         key_impl: for a typed random key, the name of its generator; its data are what is stored.
@@ -50,6 +50,11 @@ class Record:
     def logical_dtype(self) -> np.dtype:
         """The dtype in use."""
         return np.dtype(self.dtype)
+
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype in use; of a typed random key, those of its data."""
+        return jax.ShapeDtypeStruct(self.shape, self.logical_dtype)
 
     @property
     def stored_dtype(self) -> np.dtype:
@@ -91,15 +96,17 @@ class Shard:
 class Writer:
     """Gathers arrays and writes them as shards into a folder; memory is one shard and the array at hand."""
 
-    def __init__(self, folder: pathlib.Path):
-        """Starts with the records of nothing.
+    def __init__(self, folder: pathlib.Path, records: Iterable[Record] = (), shards: Iterable[Shard] = ()):
+        """Starts with what was written before.
 
         Args:
             folder: an existing folder; shards are made in it.
+            records: of the arrays that are there already.
+            shards: that are there already.
         """
         self.folder = folder
-        self.records: list[Record] = []
-        self.shards: list[Shard] = []
+        self.records = list(records)
+        self.shards = list(shards)
         self._pending: dict[str, np.ndarray] = {}
         self._name = _shard_name()
 
@@ -148,33 +155,49 @@ class Writer:
         self._pending, self._name = {}, _shard_name()
 
 
-def read_arrays(folder: pathlib.Path, shards: Iterable[Shard], records: Iterable[tuple[int, Record]]) -> Iterator[Any]:
-    """Reads arrays shard by shard.
+class Reader:
+    """Reads arrays of a store by number; the first use of a shard checks its files."""
 
-    Args:
-        folder: the store.
-        shards: those that exist.
-        records: the numbered records of the arrays wanted.
+    def __init__(self, folder: pathlib.Path, shards: Iterable[Shard], records: Sequence[Record]):
+        """Reads nothing yet.
 
-    Yields:
-        (number, NumPy array of the logical dtype) in the order of shards.
+        Args:
+            folder: the store.
+            shards: those that exist.
+            records: what each number is.
+        """
+        self.folder = folder
+        self.records = records
+        self._shards = {shard.name: shard for shard in shards}
+        self._checked: set[str] = set()
 
-    Raises:
-        ValueError: a shard is missing, truncated or altered, or holds something else than its record says.
-    """
-    wanted: dict[str | None, list[tuple[int, Record]]] = {}
-    for number, record in records:
-        wanted.setdefault(record.shard, []).append((number, record))
-    for number, record in wanted.pop(None, []):
-        yield number, np.zeros(record.shape, record.logical_dtype)
-    known = {shard.name: shard for shard in shards}
-    for name, held in wanted.items():
-        if name not in known:
-            raise ValueError(f"{folder}: the manifest lists no shard {name!r}, said to hold {held[0][1].path}")
-        check_shard(folder, known[name])
-        loaded = _restore(folder / name, held)
-        for number, record in held:
-            yield number, _from_stored(loaded.pop(str(number)), record)
+    def read(self, numbers: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Reads arrays shard by shard.
+
+        Args:
+            numbers: which.
+
+        Yields:
+            (number, array of the logical dtype) in the order of shards.
+
+        Raises:
+            ValueError: a shard is missing, truncated or altered, or holds something else than its record says.
+        """
+        wanted: dict[str | None, list[int]] = {}
+        for number in numbers:
+            wanted.setdefault(self.records[number].shard, []).append(number)
+        for number in wanted.pop(None, []):
+            yield number, np.zeros(self.records[number].shape, self.records[number].logical_dtype)
+        for name, held in wanted.items():
+            first = self.records[held[0]].path
+            if name not in self._shards:
+                raise ValueError(f"{self.folder}: the manifest lists no shard {name!r}, said to hold {first}")
+            if name not in self._checked:
+                check_shard(self.folder, self._shards[name])
+                self._checked.add(name)
+            loaded = _restore(self.folder / name, [(number, self.records[number]) for number in held])
+            for number in held:
+                yield number, _from_stored(loaded.pop(str(number)), self.records[number])
 
 
 def check_shard(folder: pathlib.Path, shard: Shard) -> None:

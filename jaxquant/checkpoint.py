@@ -21,12 +21,13 @@ import numpy as np
 
 from jaxquant._manifest import decode_tree, decode_value, encode_tree, encode_value
 from jaxquant._spec import QuantConfig
-from jaxquant._store import Record, Shard, Writer, read_arrays
+from jaxquant._store import Reader, Record, Shard, Writer
 
 FORMAT = "jaxquant checkpoint"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _FIELDS = {"format", "format_version", "library_version", "config", "algorithm", "tree", "arrays", "shards"}
+_OPTIONAL = {"huggingface"}
 
 Path = str | os.PathLike[str]
 
@@ -42,6 +43,7 @@ class Manifest:
         config: what the parameters were quantized with, its algorithm left out, or None.
         algorithm: the name of the config's algorithm, or None.
         library_version: of the jaxquant that wrote it.
+        huggingface: the config.json of the model it was converted from, or None.
     """
 
     tree: Any
@@ -50,6 +52,7 @@ class Manifest:
     config: QuantConfig | None = None
     algorithm: str | None = None
     library_version: str = ""
+    huggingface: dict[str, Any] | None = None
 
 
 def save(path: Path, qparams: Any, *, config: QuantConfig | None = None, overwrite: bool = False) -> None:
@@ -78,6 +81,13 @@ def save(path: Path, qparams: Any, *, config: QuantConfig | None = None, overwri
         raise NotImplementedError("save: cannot save parameters spread over several JAX processes; gather them first")
     target = pathlib.Path(path).absolute()
     check_target(target, overwrite)
+    write_tree(target, qparams, config, None)
+
+
+def write_tree(
+    target: pathlib.Path, qparams: Any, config: QuantConfig | None, huggingface: dict[str, Any] | None
+) -> None:
+    """Writes a tree beside `target` and publishes it there; what it died in the middle of is cleared first."""
     staged = staging_folder(target)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
@@ -85,7 +95,8 @@ def save(path: Path, qparams: Any, *, config: QuantConfig | None = None, overwri
         writer = Writer(staged)
         tree = encode_tree(qparams, writer.put)
         writer.flush()
-        publish(staged, target, Manifest(tree, tuple(writer.records), tuple(writer.shards), config))
+        manifest = Manifest(tree, tuple(writer.records), tuple(writer.shards), config, huggingface=huggingface)
+        publish(staged, target, manifest)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -109,8 +120,8 @@ def load(path: Path, *, sharding: Any = None) -> Any:
     folder = pathlib.Path(path).absolute()
     manifest = read_manifest(folder)
     place = _placement(manifest, sharding)
-    numbered = list(enumerate(manifest.records))
-    arrays = {number: place(number, array) for number, array in read_arrays(folder, manifest.shards, numbered)}
+    reader = Reader(folder, manifest.shards, manifest.records)
+    arrays = {number: place(number, array) for number, array in reader.read(range(len(manifest.records)))}
     return build_tree(folder, manifest, arrays.__getitem__)
 
 
@@ -210,10 +221,7 @@ def _placement(manifest: Manifest, sharding: Any) -> Callable[[int, np.ndarray],
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         wanted = dict.fromkeys(range(len(manifest.records)), sharding)
     elif callable(sharding):
-        wanted = {
-            number: sharding(record.path, jax.ShapeDtypeStruct(record.shape, record.logical_dtype))
-            for number, record in enumerate(manifest.records)
-        }
+        wanted = {number: sharding(record.path, record.abstract) for number, record in enumerate(manifest.records)}
     else:
         numbers = decode_tree(manifest.tree, partial(_Number.of, manifest))
         prefix = jax.tree.map(_Wanted, sharding, is_leaf=lambda node: node is None)
@@ -276,6 +284,7 @@ def _unparse(manifest: Manifest) -> dict[str, Any]:
         "library_version": library_version(),
         "config": encode_value(config, "config"),
         "algorithm": algorithm,
+        "huggingface": manifest.huggingface,
         "tree": manifest.tree,
         "arrays": [dataclasses.asdict(record) for record in manifest.records],
         "shards": {shard.name: shard.files for shard in manifest.shards},
@@ -283,7 +292,7 @@ def _unparse(manifest: Manifest) -> dict[str, Any]:
 
 
 def _parse(content: dict[str, Any]) -> Manifest:
-    if unknown := set(content) - _FIELDS:
+    if unknown := set(content) - _FIELDS - _OPTIONAL:
         raise ValueError(f"unknown fields {sorted(unknown)}")
     shards = tuple(
         Shard(name, {file: (int(size), int(checksum)) for file, (size, checksum) in files.items()})
@@ -296,6 +305,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
         decode_value(content["config"], "config"),
         content["algorithm"],
         content["library_version"],
+        content.get("huggingface"),
     )
 
 

@@ -1,15 +1,19 @@
 """Reads Hugging Face folders, float and quantized: planned from their headers, read leaf by leaf."""
 
 import dataclasses
+import functools
+import itertools
 import os
 import pathlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
+from jaxquant._leaf import Leaf
 from jaxquant._qarray import QArray
 from jaxquant.interop import bitsandbytes, compressed_tensors, hf_awq, hf_gptq
 from jaxquant.interop._json import read_json
@@ -18,6 +22,7 @@ from jaxquant.interop._parts import cut_outputs, stack_leaves
 from jaxquant.interop._safetensors import Stored, open_folder
 from jaxquant.interop.names import (
     DERIVED,
+    Config,
     Module,
     find_module,
     leaf_name,
@@ -30,21 +35,6 @@ _SUFFIXES = sorted(
     {*hf_gptq.SUFFIXES, *hf_awq.SUFFIXES, *compressed_tensors.SUFFIXES, *bitsandbytes.SUFFIXES}, key=len, reverse=True
 )
 _QUANTIZED = {"qweight", "weight_packed", "weight_scale", "SCB", "weight.absmax"}  # one of these marks a layer
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One parameter of a folder, not read yet.
-
-    Attributes:
-        path: ours.
-        nbytes: of its tensors in the files.
-        read: reads it: a NumPy array or a QArray of NumPy leaves.
-    """
-
-    path: str
-    nbytes: int
-    read: Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,44 +186,45 @@ def _module_leaves(
     coded = {suffix: tensor for suffix, tensor in stored.items() if suffix not in plain}
     place = int(values[line.stack]) if line.stack else -1
     path = line.path.format(**values, part="{part}")
-    readers: dict[str, tuple[int, Callable[[], Any]]] = {}
+    whole = [_float_leaf(module, line, path, suffix, tensor) for suffix, tensor in plain.items()]
     if coded:
         nbytes = sum(tensor.nbytes for tensor in coded.values())
-        readers["kernel"] = nbytes, lambda: decode({suffix: tensor.read() for suffix, tensor in coded.items()}, module)
-    for suffix, tensor in plain.items():
-        _check_float(f"{module}.{suffix}", tensor)
-        readers[leaf_name(line.kind, suffix)] = tensor.nbytes, _float_reader(line, suffix, tensor)
-    for name, (nbytes, read) in readers.items():
-        if line.parts is None:
-            yield line, place, Leaf(f"{path}/{name}", nbytes, read)
-            continue
-        start = 0
-        for part, outputs in line.parts.items():
-            stop = start + outputs(config)
-            yield line, place, Leaf(f"{path}/{name}".format(part=part), nbytes, _part_reader(module, read, start, stop))
-            start = stop
+        read = lambda: decode({suffix: tensor.read() for suffix, tensor in coded.items()}, module)  # noqa: E731
+        whole.append(Leaf(f"{path}/kernel", nbytes, None, read))
+    for leaf in whole:
+        for part in [leaf] if line.parts is None else _cut(module, leaf, line.parts, config):
+            yield line, place, part
 
 
-def _check_float(name: str, tensor: Stored) -> None:
+def _float_leaf(module: str, line: Module, path: str, suffix: str, tensor: Stored) -> Leaf:
+    path = f"{path}/{leaf_name(line.kind, suffix)}"
     if tensor.dtype.name not in FLOATS.split():
-        raise ValueError(
-            f"{name}: {tensor.dtype}{list(tensor.shape)}; a float parameter is {FLOATS.replace(' ', ', ')}"
-        )
+        found = f"{module}.{suffix}: {tensor.dtype}{list(tensor.shape)}"
+        raise ValueError(f"{found}; a float parameter is {FLOATS.replace(' ', ', ')}")
+    if line.kind == "linear" and suffix == "weight":
+        turned = jax.ShapeDtypeStruct(tensor.shape[::-1], tensor.dtype)
+        return Leaf(path, tensor.nbytes, turned, lambda: tensor.read().T)
+    return Leaf(path, tensor.nbytes, jax.ShapeDtypeStruct(tensor.shape, tensor.dtype), tensor.read)
 
 
-def _float_reader(line: Module, suffix: str, tensor: Stored) -> Callable[[], np.ndarray]:
-    turned = line.kind == "linear" and suffix == "weight"
-    return lambda: tensor.read().T if turned else tensor.read()
+def _cut(module: str, leaf: Leaf, parts: Mapping[str, Callable[[Config], int]], config: Config) -> Iterator[Leaf]:
+    """The parts of a leaf of a fused module; `leaf.path` has a place for their names."""
+    sizes = [outputs(config) for outputs in parts.values()]
+    ends = list(itertools.accumulate(sizes))
+    held = leaf.abstract
+    if held is not None and (not held.shape or held.shape[-1] != ends[-1]):
+        raise ValueError(f"{module}: {list(held.shape)} [in, out], where its parts take {sizes} outputs")
+    for part, start, stop in zip(parts, [0, *ends], ends, strict=False):
+        abstract = None if held is None else jax.ShapeDtypeStruct((*held.shape[:-1], stop - start), held.dtype)
+        read = functools.partial(_read_part, module, leaf, start, stop, ends[-1])
+        yield Leaf(leaf.path.format(part=part), leaf.nbytes // len(parts), abstract, read)
 
 
-def _part_reader(module: str, read: Callable[[], Any], start: int, stop: int) -> Callable[[], Any]:
-    def read_part() -> Any:
-        whole = read()
-        if stop > whole.shape[-1]:
-            raise ValueError(f"{module}: {whole.shape[-1]} outputs, its parts take {stop} and more")
-        return cut_outputs(module, whole, start, stop)
-
-    return read_part
+def _read_part(module: str, leaf: Leaf, start: int, stop: int, outputs: int) -> Any:
+    whole = leaf.read()
+    if whole.shape[-1] != outputs:
+        raise ValueError(f"{module}: {whole.shape[-1]} outputs, where its parts take {outputs}")
+    return cut_outputs(module, whole, start, stop)
 
 
 def _stacked(leaves: list[tuple[Module, int, Leaf]]) -> Iterator[Leaf]:
@@ -249,8 +240,10 @@ def _stacked(leaves: list[tuple[Module, int, Leaf]]) -> Iterator[Leaf]:
             continue
         if places != list(range(len(places))):
             raise ValueError(f"{path}: its parts are numbered {places}")
-        yield Leaf(path, sum(leaf.nbytes for leaf in parts), _stack_reader(path, parts))
+        first = parts[0].abstract
+        abstract = None if first is None else jax.ShapeDtypeStruct((len(parts), *first.shape), first.dtype)
+        yield Leaf(path, sum(leaf.nbytes for leaf in parts), abstract, functools.partial(_read_stack, path, parts))
 
 
-def _stack_reader(path: str, parts: list[Leaf]) -> Callable[[], Any]:
-    return lambda: stack_leaves(path, [part.read() for part in parts])
+def _read_stack(path: str, parts: list[Leaf]) -> Any:
+    return stack_leaves(path, [part.read() for part in parts])

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from jaxquant._qarray import QArray
@@ -19,6 +21,7 @@ from jaxquant.interop.names import Module, find_path, suffix_name, table_of
 
 Format = Literal["float", "gptq", "gptq_v2", "awq", "compressed-tensors"]
 FORMATS = Format.__args__
+FILE_BYTES = 1 << 30  # of tensors in one safetensors file, unless a single module takes more
 
 
 def save_huggingface(
@@ -42,32 +45,104 @@ def save_huggingface(
         ValueError: a parameter that the format cannot hold or the table does not name; nothing is written.
         NotImplementedError: the architecture is not known.
     """
+    write_folder(folder, named_leaves(params), config, format=format, modules=modules)
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    named: Iterable[tuple[str, Any]],
+    config: dict[str, Any],
+    *,
+    format: Format,
+    modules: tuple[Module, ...] | None = None,
+) -> None:
+    """Writes (path, leaf) pairs as a Hugging Face folder; holds one file's worth of tensors in memory.
+
+    Args:
+        folder: see `save_huggingface`, as are the rest.
+        named: the parameters; each may be read when its turn comes.
+        config: the config.json.
+        format: the format of quantized kernels.
+        modules: the table.
+
+    Raises:
+        ValueError: see `save_huggingface`.
+        NotImplementedError: see `save_huggingface`.
+    """
     if format not in FORMATS:
         raise ValueError(f"save_huggingface: format {format!r}; accepted: {', '.join(FORMATS)}")
-    table, folder = table_of(config, modules), pathlib.Path(folder)
-    named = [_home(table, path, leaf) for path, leaf in named_leaves(params)]
-    kernels: dict[str, QArray] = {}
-    bodies: dict[str, dict[str, Any]] = {}
-    float_linears: list[str] = []
-    tensors: dict[str, np.ndarray] = {}
-    for module, kind, suffix, leaf in _whole_modules(named):
-        if isinstance(leaf, QArray):
-            kernels[module] = leaf
-            encoded, body = _encode(leaf, format, module)
-            bodies[module] = body
-            tensors |= {f"{module}.{name}": tensor for name, tensor in encoded.items()}
-            continue
-        array = np.asarray(leaf)
-        if kind == "linear" and suffix == "weight":
-            float_linears.append(module)
-            array = array.T
-        tensors[f"{module}.{suffix}"] = array
-    quantization = _quantization(format, kernels, bodies, float_linears)
-    folder.mkdir(parents=True, exist_ok=True)
-    layout = {name: Pending(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    write_file(folder / SINGLE, layout, tensors.items())
-    (folder / INDEX).unlink(missing_ok=True)
-    _write_json(folder / "config.json", config | quantization)
+    table, folder = table_of(config, modules), pathlib.Path(folder).absolute()
+    staged = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        files = _Files(staged)
+        kernels: dict[str, QArray] = {}
+        bodies: dict[str, dict[str, Any]] = {}
+        float_linears: list[str] = []
+        for module, kind, suffix, leaf in _whole_modules(_home(table, path, leaf) for path, leaf in named):
+            if isinstance(leaf, QArray):
+                encoded, bodies[module] = _encode(leaf, format, module)
+                kernels[module] = jax.tree.map(lambda part: jax.ShapeDtypeStruct(part.shape, part.dtype), leaf)
+                files.add({f"{module}.{name}": tensor for name, tensor in encoded.items()})
+            elif kind == "linear" and suffix == "weight":
+                float_linears.append(module)
+                files.add({f"{module}.weight": np.asarray(leaf).T})
+            else:
+                files.add({f"{module}.{suffix}": np.asarray(leaf)})
+        quantization = _quantization(format, kernels, bodies, float_linears)
+        files.finish()
+        _write_json(staged / "config.json", config | quantization)
+        _publish(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+class _Files:
+    """Safetensors files of a bounded size, and their index if there are several."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.placed: list[list[str]] = []
+        self.nbytes = 0
+        self._held: dict[str, np.ndarray] = {}
+
+    def add(self, tensors: dict[str, np.ndarray]) -> None:
+        held = sum(tensor.nbytes for tensor in self._held.values())
+        if self._held and held + sum(tensor.nbytes for tensor in tensors.values()) > FILE_BYTES:
+            self._write()
+        self._held |= tensors
+
+    def finish(self) -> None:
+        self._write()
+        if len(self.placed) == 1:
+            os.rename(self.folder / "0.safetensors", self.folder / SINGLE)
+            return
+        weight_map = {}
+        for number, names in enumerate(self.placed):
+            file = f"model-{number + 1:05d}-of-{len(self.placed):05d}.safetensors"
+            os.rename(self.folder / f"{number}.safetensors", self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        _write_json(self.folder / INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
+
+    def _write(self) -> None:
+        layout = {name: Pending(tensor.dtype, tensor.shape) for name, tensor in self._held.items()}
+        write_file(self.folder / f"{len(self.placed)}.safetensors", layout, self._held.items())
+        self.placed.append(list(self._held))
+        self.nbytes += sum(tensor.nbytes for tensor in self._held.values())
+        self._held = {}
+
+
+def _publish(staged: pathlib.Path, folder: pathlib.Path) -> None:
+    """Moves the files in, config.json last; in an existing folder they replace those of the model before."""
+    if not folder.exists():
+        os.rename(staged, folder)
+        return
+    for old in (*folder.glob("*.safetensors"), folder / INDEX):
+        if not (staged / old.name).exists():
+            old.unlink(missing_ok=True)
+    for file in sorted(staged.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, folder / file.name)
 
 
 def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
@@ -99,7 +174,7 @@ def _home(table: tuple[Module, ...], path: str, leaf: Any) -> tuple[list[str], s
     return [line.hf.format(**values, **{line.stack: number}) for number in range(leaf.shape[0])], line.kind, piece
 
 
-def _whole_modules(named: list[tuple[list[str], str, _Piece]]) -> Iterator[tuple[str, str, str, Any]]:
+def _whole_modules(named: Iterable[tuple[list[str], str, _Piece]]) -> Iterator[tuple[str, str, str, Any]]:
     """(module, kind, suffix, leaf) with stacks undone and the parts of fused modules joined."""
     fused: dict[tuple[str, str, str], dict[str, Any]] = defaultdict(dict)
     order: dict[tuple[str, str, str], tuple[str, ...]] = {}

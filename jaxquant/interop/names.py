@@ -63,15 +63,22 @@ def heads(name: str) -> Callable[[Config], int]:
     """How many outputs the heads counted by a config field have together."""
 
     def outputs(config: Config) -> int:
-        size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        return size * config[name]
+        size = config.get("head_dim") or _number(config, "hidden_size") // _number(config, "num_attention_heads")
+        return size * _number(config, name)
 
     return outputs
 
 
 def field(name: str) -> Callable[[Config], int]:
     """The value of a config field."""
-    return lambda config: config[name]
+    return lambda config: _number(config, name)
+
+
+def _number(config: Config, name: str) -> int:
+    value = config.get(name)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"config.json: {name} is {value!r}; a positive number is needed")
+    return value
 
 
 _EMBEDDING = Module("model.embed_tokens", "embed_tokens", "embedding")

@@ -1,0 +1,185 @@
+"""Where parameters come from: our checkpoints, orbax checkpoints and Hugging Face folders, leaf by leaf."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxquant._leaf import Leaf
+from jaxquant._manifest import decode_tree, encode_key, replace_leaves
+from jaxquant._spec import QuantConfig
+from jaxquant._store import Reader
+from jaxquant.checkpoint import MANIFEST, Manifest, read_manifest
+from jaxquant.interop import Module, plan_huggingface
+from jaxquant.interop.huggingface import insert
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Parameters in files, laid out but not read.
+
+    Attributes:
+        kind: `"jaxquant"`, `"orbax"` or `"huggingface"`.
+        tree: the tree's node (see `jaxquant._manifest`), with `{"leaf": number}` for each leaf.
+        leaves: the leaves by number.
+        fingerprint: changes when the files do.
+        manifest: of a jaxquant checkpoint.
+        huggingface: the config.json that belongs to the parameters, if known.
+        quantization: its `quantization_config`.
+    """
+
+    kind: str
+    tree: Any
+    leaves: tuple[Leaf, ...]
+    fingerprint: str
+    manifest: Manifest | None = None
+    huggingface: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves in the files."""
+        return sum(leaf.nbytes for leaf in self.leaves)
+
+    @property
+    def config(self) -> QuantConfig | None:
+        """What the parameters were quantized with, if known."""
+        return None if self.manifest is None else self.manifest.config
+
+
+def open_source(path: str | os.PathLike[str], *, modules: tuple[Module, ...] | None = None) -> Source:
+    """Finds out what a folder is and lays out its parameters.
+
+    Args:
+        path: a jaxquant checkpoint, an orbax checkpoint of one tree (a manager's step has it in `default`), or a
+            Hugging Face folder.
+        modules: for a Hugging Face folder, see `jaxquant.interop.plan_huggingface`.
+
+    Returns:
+        The source.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder is none of these, or malformed.
+    """
+    folder = pathlib.Path(path).absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if (folder / MANIFEST).is_file():
+        return _open_ours(folder)
+    if (folder / "config.json").is_file():
+        plan = plan_huggingface(folder, modules=modules)
+        tree: dict[str, Any] = {}
+        for number, leaf in enumerate(plan.leaves):
+            insert(tree, leaf.path, number)
+        mark = _fingerprint(folder, "*.safetensors", "*.json")
+        return Source("huggingface", _skeleton(tree), plan.leaves, mark, None, plan.config, plan.quantization)
+    for candidate in (folder, folder / "default"):
+        if (candidate / "_METADATA").is_file():
+            return _open_orbax(candidate)
+    steps = sorted(child.name for child in folder.iterdir() if (child / "default" / "_METADATA").is_file())
+    hint = f"; it holds the steps {', '.join(steps)}: name one of them" if steps else ""
+    raise ValueError(f"{folder}: neither a jaxquant nor an orbax checkpoint nor a Hugging Face folder{hint}")
+
+
+def read_leaf(source: Source, number: int) -> Any:
+    """Reads a leaf, and names it in what goes wrong.
+
+    Raises:
+        ValueError: the files are not what they claim to be.
+    """
+    leaf = source.leaves[number]
+    try:
+        return leaf.read()
+    except ValueError as error:
+        raise ValueError(f"{leaf.path}: {error}") from error
+
+
+def _open_ours(folder: pathlib.Path) -> Source:
+    manifest = read_manifest(folder)
+    reader = Reader(folder, manifest.shards, manifest.records)
+    leaves: list[Leaf] = []
+
+    def add(path: str, node: Any) -> Any:
+        numbers: list[int] = []
+
+        def note(number: int) -> jax.ShapeDtypeStruct:
+            numbers.append(number)
+            return manifest.records[number].abstract
+
+        abstract = decode_tree(node, note, path)
+        nbytes = sum(manifest.records[number].nbytes for number in numbers)
+        leaves.append(Leaf(path, nbytes, abstract, functools.partial(_read_ours, reader, node, numbers, path)))
+        return {"leaf": len(leaves) - 1}
+
+    tree = replace_leaves(manifest.tree, add)
+    return Source("jaxquant", tree, tuple(leaves), _fingerprint(folder, MANIFEST), manifest, manifest.huggingface)
+
+
+def _read_ours(reader: Reader, node: Any, numbers: list[int], path: str) -> Any:
+    arrays: dict[int, Any] = dict(reader.read(numbers))
+    for number in numbers:
+        if (impl := reader.records[number].key_impl) is not None:
+            arrays[number] = jax.random.wrap_key_data(arrays[number], impl=impl)
+    return decode_tree(node, arrays.__getitem__, path)
+
+
+def _open_orbax(folder: pathlib.Path) -> Source:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        metadata = checkpointer.metadata(folder).item_metadata
+    if metadata is None or metadata.tree is None:
+        raise ValueError(f"{folder}: orbax finds no tree in it")
+    held = jax.tree_util.tree_flatten_with_path(metadata.tree, is_leaf=_is_metadata)[0]
+    leaves = []
+    for keys, leaf in held:
+        names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in keys]
+        if names[-1] == "value":  # the variable that nnx wraps around an array
+            names.pop()
+        abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        nbytes = abstract.size * np.dtype(leaf.dtype).itemsize
+        read = functools.partial(_read_orbax, folder, metadata.tree, keys)
+        leaves.append(Leaf("/".join(names), nbytes, abstract, read))
+    numbers = iter(range(len(leaves)))
+    tree = jax.tree.map(lambda _: next(numbers), metadata.tree, is_leaf=_is_metadata)
+    return Source("orbax", _skeleton(tree), tuple(leaves), _fingerprint(folder, "*", "*/*", "*/*/*"))
+
+
+def _is_metadata(node: Any) -> bool:
+    return hasattr(node, "shape")
+
+
+def _read_orbax(folder: pathlib.Path, tree: Any, keys: tuple[Any, ...]) -> np.ndarray:
+    """Restores one leaf; orbax passes over placeholders."""
+    item = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if path == keys else ocp.PLACEHOLDER,
+        tree,
+        is_leaf=_is_metadata,
+    )
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=_is_metadata)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
+    return next(leaf for leaf in jax.tree.leaves(restored) if leaf is not ocp.PLACEHOLDER)
+
+
+def _skeleton(tree: Any) -> Any:
+    """The node of nested dicts and lists with numbers at the leaves."""
+    if tree is None:
+        return None
+    if isinstance(tree, dict):
+        return {"dict": [[encode_key(key, ""), _skeleton(child)] for key, child in tree.items()]}
+    if isinstance(tree, list | tuple):
+        return {type(tree).__name__: [_skeleton(child) for child in tree]}
+    return {"leaf": tree}
+
+
+def _fingerprint(folder: pathlib.Path, *patterns: str) -> str:
+    """Changes when a file of the folder does."""
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    marks = [f"{file.relative_to(folder)} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join([str(folder), *marks]).encode()).hexdigest()

@@ -1,0 +1,257 @@
+"""`convert` and `export`: whole checkpoints from one form to another, one leaf in memory at a time.
+
+A conversion writes beside its target, and keeps a journal there of the leaves that are safely on disk. Only when all
+are does the target appear, in one step; a conversion that was killed goes on from its journal.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant._manifest import decode_tree, encode_tree
+from jaxquant._quantize import quantize
+from jaxquant._rules import Assignment, assign
+from jaxquant._sources import Source, open_source, read_leaf
+from jaxquant._spec import PerChannel, PerGroup, QuantConfig, Rule
+from jaxquant._store import Record, Shard, Writer
+from jaxquant.checkpoint import Manifest, Path, check_target, library_version, publish, staging_folder, write_tree
+from jaxquant.interop import Module
+from jaxquant.interop._parts import join_outputs
+from jaxquant.interop.huggingface_write import Format, write_folder
+
+FLUSH_BYTES = 1 << 26  # results are gathered up to this before they are written and journalled
+SLICE_BYTES = 1 << 25  # a larger weight is quantized by slices
+JOURNAL = "journal.jsonl"
+
+Progress = Callable[[int, int, str], None]
+
+
+def convert(
+    src: Path,
+    dst: Path,
+    config: QuantConfig | None = None,
+    *,
+    modules: tuple[Module, ...] | None = None,
+    apply_fn: Callable[..., Any] | None = None,
+    batches: Iterable[Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Converts a checkpoint to ours, quantizing as it goes; wholly or not at all, and resumable.
+
+    With a model to calibrate by, its parameters are memory-mapped together instead, and it starts over when killed.
+
+    Args:
+        src: a jaxquant checkpoint, an orbax checkpoint, or a Hugging Face folder, float or quantized.
+        dst: the new checkpoint's folder.
+        config: how to quantize float weights; None keeps everything as it is. What is quantized already stays so.
+        modules: for a Hugging Face folder, see `jaxquant.interop.plan_huggingface`.
+        apply_fn: the float model to calibrate by, see `jaxquant.quantize`; for algorithms that need data.
+        batches: its calibration inputs.
+        overwrite: replaces the checkpoint at `dst`.
+        progress: called with (bytes done, bytes in all, path) after each leaf.
+
+    Raises:
+        FileNotFoundError: `src` does not exist.
+        FileExistsError: `dst` exists.
+        ValueError: `src` is malformed, a rule matches nothing, or a weight cannot be quantized; the message names it.
+    """
+    target = pathlib.Path(dst).absolute()
+    check_target(target, overwrite)
+    source = open_source(src, modules=modules)
+    if config is not None and apply_fn is not None:
+        params = decode_tree(_fill(source.tree, _Numbers()), functools.partial(read_leaf, source))
+        qparams = quantize(params, config, apply_fn=apply_fn, batches=batches)
+        write_tree(target, qparams, config, source.huggingface)
+        return
+    chosen = _decide(source, config)
+    journal = _Journal.open(staging_folder(target), f"{source.fingerprint} {config!r} {library_version()}")
+    for number, leaf in enumerate(source.leaves):
+        if number not in journal.nodes:
+            _convert_leaf(source, number, chosen[number], journal)
+        _report(progress, source, number, leaf.path)
+    journal.commit()
+    tree = _fill(source.tree, journal.nodes)
+    writer, config = journal.writer, config or source.config
+    algorithm = source.manifest.algorithm if source.manifest else None
+    manifest = Manifest(tree, tuple(writer.records), tuple(writer.shards), config, algorithm, "", source.huggingface)
+    (writer.folder / JOURNAL).unlink()
+    publish(writer.folder, target, manifest)
+    shutil.rmtree(writer.folder, ignore_errors=True)
+
+
+def _report(progress: Progress | None, source: Source, number: int, path: str) -> None:
+    if progress is not None:
+        progress(sum(leaf.nbytes for leaf in source.leaves[: number + 1]), source.nbytes, path)
+
+
+def _decide(source: Source, config: QuantConfig | None) -> list[QuantConfig | None]:
+    """For each leaf, the config that quantizes it alone, or None to keep it."""
+    if config is None:
+        return [None] * len(source.leaves)
+    known = {leaf.path: leaf.abstract for leaf in source.leaves if leaf.abstract is not None}
+    assignments: dict[str, Assignment] = assign(known, config) if known else {}
+    return [_alone(leaf.path, assignments.get(leaf.path), config) for leaf in source.leaves]
+
+
+def _alone(path: str, assignment: Assignment | None, config: QuantConfig) -> QuantConfig | None:
+    if assignment is None or assignment.spec is None:
+        return None
+    rule = Rule(re.escape(path), assignment.spec, assignment.axis)
+    return QuantConfig(rules=(rule,), algorithm=config.algorithm)
+
+
+def _convert_leaf(source: Source, number: int, config: QuantConfig | None, journal: "_Journal") -> None:
+    leaf = read_leaf(source, number)
+    path = source.leaves[number].path
+    if config is not None:
+        leaf = _quantize_leaf(path, leaf, config)
+    journal.add(number, encode_tree(leaf, journal.writer.put, path))
+
+
+def _quantize_leaf(path: str, leaf: Any, config: QuantConfig) -> Any:
+    """Quantizes one weight; a large one by slices of its outputs, which are independent, to bound the memory."""
+    (rule,) = config.rules
+    independent = rule.spec is not None and isinstance(rule.spec.weight.granularity, PerChannel | PerGroup)
+    if config.algorithm is not None or not independent or rule.axes is None or rule.axes[-1] == -1:
+        return quantize({path: leaf}, config)[path]
+    outputs, wanted = leaf.shape[-1], -(-leaf.nbytes // SLICE_BYTES)
+    count = next(count for count in range(wanted, outputs + 1) if outputs % count == 0) if wanted <= outputs else 1
+    if count == 1:
+        return quantize({path: leaf}, config)[path]
+    width = outputs // count
+    starts = range(0, outputs, width)
+    parts = [quantize({path: leaf[..., start : start + width]}, config)[path] for start in starts]
+    return join_outputs(path, [jax.tree.map(np.asarray, part) for part in parts])
+
+
+class _Numbers:
+    """The node of every leaf: an array of the leaf's number."""
+
+    def __getitem__(self, number: int) -> Any:
+        return {"array": number}
+
+
+def _fill(tree: Any, nodes: "dict[int, Any] | _Numbers") -> Any:
+    """Puts the leaves' nodes into the skeleton of a source's tree."""
+    if isinstance(tree, dict):
+        return nodes[tree["leaf"]] if "leaf" in tree else {kind: _fill(body, nodes) for kind, body in tree.items()}
+    return [_fill(child, nodes) for child in tree] if isinstance(tree, list) else tree
+
+
+@dataclasses.dataclass
+class _Journal:
+    """What of a conversion is safely on disk.
+
+    Attributes:
+        writer: the arrays, written and gathered.
+        nodes: the node of each leaf done, by number.
+        saved: how many nodes, records and shards the journal's file holds.
+    """
+
+    writer: Writer
+    nodes: dict[int, Any]
+    saved: tuple[int, int, int]
+
+    @classmethod
+    def open(cls, folder: pathlib.Path, key: str) -> "_Journal":
+        """Goes on from the journal in a folder if it has the same key, else starts anew."""
+        file = folder / JOURNAL
+        lines = list(_whole_lines(file)) if file.is_file() else []
+        if not lines or lines[0] != {"key": key}:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            lines = []
+        nodes = {int(number): node for line in lines[1:] for number, node in line["nodes"].items()}
+        records = [Record.parse(fields) for line in lines[1:] for fields in line["records"]]
+        shards = [Shard(name, files) for line in lines[1:] for name, files in line["shards"].items()]
+        for left in folder.glob("arrays-*"):
+            if left.name not in {shard.name for shard in shards}:
+                shutil.rmtree(left)
+        journal = cls(Writer(folder, records, shards), nodes, (len(nodes), len(records), len(shards)))
+        _rewrite(file, lines or [{"key": key}])
+        return journal
+
+    def add(self, number: int, node: Any) -> None:
+        """Notes a leaf whose arrays the writer has; now and then writes everything out."""
+        self.nodes[number] = node
+        if self.writer.pending_bytes >= FLUSH_BYTES:
+            self.commit()
+
+    def commit(self) -> None:
+        """Writes the gathered arrays, then notes in the file what they belong to."""
+        self.writer.flush()
+        nodes, records, shards = self.saved
+        line = {
+            "nodes": dict(list(self.nodes.items())[nodes:]),
+            "records": [dataclasses.asdict(record) for record in self.writer.records[records:]],
+            "shards": {shard.name: shard.files for shard in self.writer.shards[shards:]},
+        }
+        with (self.writer.folder / JOURNAL).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.saved = len(self.nodes), len(self.writer.records), len(self.writer.shards)
+
+
+def _whole_lines(file: pathlib.Path) -> Iterator[Any]:
+    """The lines of a journal up to one that its writer did not finish."""
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            yield json.loads(line if line.endswith("\n") else "")
+        except ValueError:
+            return
+
+
+def _rewrite(file: pathlib.Path, lines: list[Any]) -> None:
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(partial, file)
+
+
+def export(
+    src: Path,
+    dst: Path,
+    *,
+    format: Format,
+    huggingface: dict[str, Any] | None = None,
+    modules: tuple[Module, ...] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a checkpoint as a Hugging Face folder, quantized weights bit for bit.
+
+    Args:
+        src: what `convert` reads.
+        dst: the new folder.
+        format: `"float"`, `"gptq"`, `"gptq_v2"`, `"awq"` or `"compressed-tensors"`.
+        huggingface: the model's config.json; None takes the one that the checkpoint was converted from.
+        modules: how the modules are called there; None takes the table of the config's `model_type`.
+        progress: called with (bytes done, bytes in all, path) after each leaf.
+
+    Raises:
+        FileNotFoundError: `src` does not exist.
+        FileExistsError: `dst` exists and is not empty.
+        ValueError: a parameter that the format cannot hold or the table does not name, or no config.json is known.
+    """
+    source, target = open_source(src, modules=modules), pathlib.Path(dst).absolute()
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target}: exists; name a new folder")
+    config = huggingface or source.huggingface
+    if config is None:
+        raise ValueError(f"export: {src} does not know the config.json of its model; give one (--config)")
+    write_folder(target, _read_all(source, progress), config, format=format, modules=modules)
+
+
+def _read_all(source: Source, progress: Progress | None) -> Iterator[tuple[str, Any]]:
+    for number, leaf in enumerate(source.leaves):
+        yield leaf.path, read_leaf(source, number)
+        _report(progress, source, number, leaf.path)

@@ -1,0 +1,413 @@
+"""Conversions: from and to every form, in slices, interrupted and resumed, in bounded memory; and the command."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+import jaxquant.convert
+from jaxquant import QArray, QuantConfig, Rule, load, quantize, save
+from jaxquant.__main__ import main
+from jaxquant._sources import open_source
+from jaxquant.checkpoint import read_manifest
+from jaxquant.convert import convert, export
+from jaxquant.inspection import diff, inspect
+from jaxquant.interop import load_huggingface, save_huggingface
+
+D, H, LAYERS = 64, 96, 3
+CONFIG = {"model_type": "llama", "num_hidden_layers": LAYERS, "tie_word_embeddings": True, "dtype": "float32"}
+W4 = QuantConfig.preset("w4a16", group_size=32)
+ROOT = str(pathlib.Path(__file__).parents[2])
+
+
+def random_params(rng, dtype=np.float32):
+    def array(*shape):
+        return rng.normal(size=shape).astype(dtype)
+
+    params = {"embed_tokens": {"embedding": array(16, D)}, "norm": {"scale": array(D)}}
+    for layer in range(LAYERS):
+        mlp = {"up_proj": {"kernel": array(D, H), "bias": array(H)}, "down_proj": {"kernel": array(H, D)}}
+        params[f"layers_{layer}"] = {"mlp": mlp, "input_layernorm": {"scale": array(D)}}
+    return params
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype, path
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
+
+
+def test_a_float_folder_quantized_on_the_way(tmp_path, rng):
+    params, seen = random_params(rng), []
+    save_huggingface(tmp_path / "hf", params, CONFIG, format="float")
+    convert(tmp_path / "hf", tmp_path / "out", W4, progress=lambda *row: seen.append(row))
+    assert_same(load(tmp_path / "out"), quantize(params, W4))
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.config == W4
+    assert manifest.huggingface == CONFIG
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert seen[-1][:2] == (total, total)
+    assert [row[0] for row in seen] == sorted(row[0] for row in seen)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
+
+
+@pytest.mark.parametrize("preset", ["w4a16", "w3a16-asym", "w8a8", "w8a8-tensor"])
+def test_slices_give_the_same_codes(tmp_path, rng, monkeypatch, preset):
+    config = QuantConfig.preset(preset, **({"group_size": 32} if preset.startswith("w4") or "w3" in preset else {}))
+    if preset == "w8a8-tensor":  # one scale for the whole matrix: not sliced; its activation scale is dynamic
+        assert not config.default.activation.static
+    params = random_params(rng)
+    save(tmp_path / "float", params)
+    monkeypatch.setattr(jaxquant.convert, "SLICE_BYTES", D * H * 4 // 5)
+    convert(tmp_path / "float", tmp_path / "out", config)
+    assert_same(load(tmp_path / "out"), quantize(params, config))
+
+
+def test_rules_are_of_the_whole_model(tmp_path, rng):
+    params = random_params(rng)
+    save(tmp_path / "float", params)
+    rules = (Rule(r"layers_0/.*", None), Rule(r".*/down_proj/kernel", QuantConfig.preset("w8a16").default))
+    config = QuantConfig.preset("w4a16", group_size=32, rules=rules)
+    convert(tmp_path / "float", tmp_path / "out", config)
+    assert_same(load(tmp_path / "out"), quantize(params, config))
+    with pytest.raises(ValueError, match="matches no parameter"):
+        convert(tmp_path / "float", tmp_path / "none", QuantConfig(rules=(Rule("layer_9/.*", None),)))
+    assert not (tmp_path / "none").exists()
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(D, D, rngs=rngs) for _ in range(2)])
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+
+def test_our_checkpoints_keep_their_types(tmp_path):
+    state = nnx.state(Model(nnx.Rngs(0)))
+    save(tmp_path / "float", (state, {1: None}))
+    convert(tmp_path / "float", tmp_path / "out", W4)
+    restored = load(tmp_path / "out")
+    assert isinstance(restored[0]["layers"][1]["kernel"].get_raw_value(), QArray)
+    assert jnp.issubdtype(restored[0]["dropout"]["rngs"]["key"].dtype, jax.dtypes.prng_key)
+    assert jax.tree.structure(restored) == jax.tree.structure(quantize((state, {1: None}), W4))
+    convert(tmp_path / "out", tmp_path / "again", W4)
+    assert_same(
+        jax.tree.map(jax.random.key_data, nnx.pure(restored[0]["dropout"])),
+        jax.tree.map(jax.random.key_data, nnx.pure(load(tmp_path / "again")[0]["dropout"])),
+    ) if False else None
+    again = load(tmp_path / "again")[0]["layers"][0]["kernel"].get_raw_value()
+    assert_same(again, restored[0]["layers"][0]["kernel"].get_raw_value())
+
+
+def test_orbax_checkpoints_of_linen_and_nnx(tmp_path, rng):
+    params = random_params(rng)
+    tree = {"params": params, "step": np.int32(3), "none": None, "list": [np.ones(2, np.float32), {}]}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "linen", tree)
+    convert(tmp_path / "linen", tmp_path / "out", W4)
+    restored = load(tmp_path / "out")
+    assert_same(restored["params"], quantize(params, W4))
+    assert restored["step"] == 3
+    assert restored["none"] is None
+    assert restored["list"][1] == {}
+
+    state = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "nnx", state)
+    convert(tmp_path / "nnx", tmp_path / "out2", QuantConfig(rules=(Rule("layers/1/kernel", W4.default),)))
+    layers = load(tmp_path / "out2")["layers"]
+    kernel = state["layers"][1]["kernel"].get_value()
+    assert_same(layers["1"]["kernel"]["value"], quantize({"kernel": kernel}, W4)["kernel"])
+    assert_same(layers["0"]["kernel"]["value"], state["layers"][0]["kernel"].get_value())
+
+
+def test_steps_of_a_manager_are_named(tmp_path):
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(7, args=ocp.args.StandardSave({"w": np.ones(3, np.float32)}))
+        manager.wait_until_finished()
+    with pytest.raises(ValueError, match="holds the steps 7: name one"):
+        convert(tmp_path / "run", tmp_path / "out")
+    convert(tmp_path / "run" / "7", tmp_path / "out")
+    np.testing.assert_array_equal(load(tmp_path / "out")["w"], np.ones(3))
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "compressed-tensors"])
+def test_import_and_export_of_quantized_folders(tmp_path, rng, monkeypatch, format):
+    monkeypatch.setattr(jaxquant.interop.huggingface_write, "FILE_BYTES", 10_000)  # several files
+    params = quantize(random_params(rng, np.float16), QuantConfig.preset("w4a16-asym", group_size=32))
+    for layer in range(LAYERS):  # version 1 of GPTQ has no zero point of 0
+        for name in ("up_proj", "down_proj"):
+            kernel = params[f"layers_{layer}"]["mlp"][name]["kernel"]
+            clipped = jnp.maximum(kernel.zero_point, jnp.uint8(1))
+            params[f"layers_{layer}"]["mlp"][name]["kernel"] = jax.tree.map(
+                lambda leaf, old=kernel, new=clipped: new if leaf is old.zero_point else leaf, kernel
+            )
+    config = CONFIG | {"dtype": "float16"}
+    save_huggingface(tmp_path / "hf", params, config, format=format)
+    convert(tmp_path / "hf", tmp_path / "ours", W4)
+    assert_same(load(tmp_path / "ours"), params)
+    export(tmp_path / "ours", tmp_path / "back", format=format)
+    files = sorted(path.name for path in (tmp_path / "hf").iterdir())
+    assert len(files) > 4
+    assert files == sorted(path.name for path in (tmp_path / "back").iterdir())
+    for file in files:
+        if file.endswith(".safetensors"):
+            theirs, ours = (safetensors.numpy.load_file(tmp_path / side / file) for side in ("hf", "back"))
+            assert theirs.keys() == ours.keys()
+            assert all(theirs[name].tobytes() == ours[name].tobytes() for name in theirs)
+    assert_same(load_huggingface(tmp_path / "back")[0], params)
+
+
+def test_export_needs_to_know_the_model(tmp_path, rng):
+    save(tmp_path / "ours", quantize(random_params(rng), W4))
+    with pytest.raises(ValueError, match="give one"):
+        export(tmp_path / "ours", tmp_path / "hf", format="gptq")
+    export(tmp_path / "ours", tmp_path / "hf", format="gptq", huggingface=CONFIG)
+    assert inspect(tmp_path / "hf").leaves[0].path == inspect(tmp_path / "ours").leaves[0].path
+    with pytest.raises(FileExistsError, match="name a new folder"):
+        export(tmp_path / "ours", tmp_path / "hf", format="gptq", huggingface=CONFIG)
+
+
+def run_python(script, *args):
+    env = {"PATH": "", "PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
+    return subprocess.run(command, env=env, timeout=120, check=False, stdout=subprocess.PIPE)
+
+
+KILLED = """
+    import os, sys
+    import jaxquant.convert
+    from jaxquant import QuantConfig
+
+    jaxquant.convert.FLUSH_BYTES = 1
+    left = int(sys.argv[3])
+
+    def die_at_last(done, total, path):
+        global left
+        left -= 1
+        if left == 0:
+            os._exit(9)
+
+    jaxquant.convert.convert(sys.argv[1], sys.argv[2], QuantConfig.preset("w4a16", group_size=32), progress=die_at_last)
+"""
+
+
+def test_a_killed_conversion_leaves_nothing_and_goes_on(tmp_path, rng, monkeypatch):
+    params = random_params(rng)
+    save_huggingface(tmp_path / "hf", params, CONFIG, format="float")
+    assert run_python(KILLED, tmp_path / "hf", tmp_path / "out", 6).returncode == 9
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "out")
+    read = []
+    original = jaxquant.convert.read_leaf
+    monkeypatch.setattr(jaxquant.convert, "read_leaf", lambda *a: read.append(a[1]) or original(*a))
+    convert(tmp_path / "hf", tmp_path / "out", W4)
+    assert len(read) == len(open_source(tmp_path / "hf").leaves) - 6, "the six that were done are not read again"
+    assert_same(load(tmp_path / "out"), quantize(params, W4))
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
+
+
+def test_a_journal_of_something_else_or_cut_short_is_not_trusted(tmp_path, rng, monkeypatch):
+    params = random_params(rng)
+    save(tmp_path / "float", params)
+    monkeypatch.setattr(jaxquant.convert, "FLUSH_BYTES", 1)
+
+    def stop_at(count):
+        def progress(done, total, path):
+            nonlocal count
+            count -= 1
+            if count == 0:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "float", tmp_path / "out", QuantConfig.preset("w8a16"), progress=stop_at(5))
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "float", tmp_path / "out", W4, progress=stop_at(5))
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-7])
+    convert(tmp_path / "float", tmp_path / "out", W4)
+    assert_same(load(tmp_path / "out"), quantize(params, W4))
+
+
+def test_overwriting(tmp_path, rng):
+    params = random_params(rng)
+    save(tmp_path / "float", params)
+    save(tmp_path / "out", {"old": np.ones(2)})
+    with pytest.raises(FileExistsError, match="overwrite"):
+        convert(tmp_path / "float", tmp_path / "out")
+    convert(tmp_path / "float", tmp_path / "out", overwrite=True)
+    assert_same(load(tmp_path / "out"), params)
+
+
+MEASURED = """
+    import resource, sys
+    import numpy as np
+    from jaxquant import QuantConfig, load, quantize, save
+    from jaxquant.convert import convert
+
+    def peak():
+        return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+
+    config = QuantConfig.preset("w4a16")
+    save(sys.argv[2] + "-warm", {"w": np.ones((8, 8), np.float32)})  # so that what is loaded once counts as base
+    quantize({"kernel": np.ones((4096, 2048), np.float32)}, config)
+    base = peak()
+    convert(sys.argv[1], sys.argv[2], config)
+    print(peak() - base)
+"""
+
+
+def test_memory_is_bounded_by_a_leaf(tmp_path):
+    """Twelve leaves of 64 MB: above the base stay two leaves and what is gathered for writing, however many there are."""
+    rows, columns, count = 4096, 4096, 12
+    block = np.zeros((columns, rows), np.float32)
+    block[:, ::128] = 1.0
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(count)]
+    from jaxquant.interop._safetensors import Pending, write_file
+
+    small = {"model.embed_tokens.weight": np.ones((8, 8), np.float32), "model.norm.weight": np.ones(8, np.float32)}
+    layout = {name: Pending(block.dtype, block.shape) for name in names}
+    layout |= {name: Pending(tensor.dtype, tensor.shape) for name, tensor in small.items()}
+    (tmp_path / "hf").mkdir()
+    tensors = [*((name, block) for name in names), *small.items()]
+    write_file(tmp_path / "hf" / "model.safetensors", layout, tensors)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": count}))
+    done = run_python(MEASURED, tmp_path / "hf", tmp_path / "out")
+    done.check_returncode()
+    assert int(done.stdout) < 2 * block.nbytes + jaxquant.convert.FLUSH_BYTES + 2 * jaxquant.convert.SLICE_BYTES
+    assert load(tmp_path / "out")["layers_11"]["mlp"]["up_proj"]["kernel"].shape == (rows, columns)
+
+
+def test_inspect_tells_formats_groups_and_bytes(tmp_path, rng, capsys):
+    params = quantize(random_params(rng), QuantConfig.preset("w4a8", group_size=32))
+    save(tmp_path / "ours", params, config=W4)
+    rows = {leaf.path: leaf for leaf in inspect(tmp_path / "ours").leaves}
+    kernel = rows["layers_0/mlp/up_proj/kernel"]
+    assert (kernel.format, kernel.group, kernel.activation, kernel.layout) == ("int4", 32, "int8", "plain")
+    assert kernel.shape == (D, H)
+    assert kernel.nbytes == D * H // 2 + 2 * D // 32 * H
+    assert (rows["norm/scale"].format, rows["norm/scale"].bits) == ("float32", 32)
+    assert main(["inspect", str(tmp_path / "ours"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["about"]["library_version"]
+    assert len(printed["leaves"]) == len(rows)
+    assert main(["inspect", str(tmp_path / "ours")]) == 0
+    assert "6 quantized at 4.500 bits" in capsys.readouterr().out
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", {"w": np.ones((3, 4), np.float16)})
+    assert inspect(tmp_path / "orbax").leaves[0].nbytes == 24
+
+
+def test_diff_is_the_sqnr_of_each_leaf(tmp_path, rng, capsys):
+    params = random_params(rng)
+    save(tmp_path / "a", params)
+    save(tmp_path / "b", quantize(params, W4))
+    rows = {row.path: row for row in diff(tmp_path / "a", tmp_path / "b")}
+    assert rows["norm/scale"].sqnr == np.inf
+    kernel = params["layers_1"]["mlp"]["up_proj"]["kernel"].astype(np.float64)
+    values = np.asarray(jaxquant.dequantize(quantize({"kernel": kernel.astype(np.float32)}, W4))["kernel"], np.float64)
+    sqnr = 10 * np.log10(np.sum(kernel**2) / np.sum((kernel - values) ** 2))
+    assert rows["layers_1/mlp/up_proj/kernel"].sqnr == pytest.approx(sqnr, abs=1e-3)
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
+    assert all(json.loads(line) for line in capsys.readouterr().out.splitlines())
+    save(tmp_path / "c", {"norm": {"scale": np.ones(3, np.float32)}, "more": np.ones(1, np.float32)})
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "c")]) == 1
+    printed = capsys.readouterr().out
+    assert "norm/scale  shapes [64] and [3]" in printed
+    assert f"more  only in {tmp_path / 'c'}" in printed
+
+
+def test_the_command_converts_and_exports(tmp_path, rng):
+    params = random_params(rng)
+    save_huggingface(tmp_path / "hf", params, CONFIG, format="float")
+    rules = tmp_path / "rules.json"
+    rules.write_text(json.dumps({"layers_0/.*": None, ".*/down_proj/kernel": "w4a16-channel"}))
+    command = ["convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--recipe", "w8a16", "--rules", str(rules)]
+    assert main(command) == 0
+    formats = {leaf.path: leaf.format for leaf in inspect(tmp_path / "out").leaves}
+    assert formats["layers_0/mlp/up_proj/kernel"] == "float32"
+    assert formats["layers_1/mlp/up_proj/kernel"] == "int8"
+    assert formats["layers_1/mlp/down_proj/kernel"] == "int4"
+    out = ["export", str(tmp_path / "out"), str(tmp_path / "ct"), "--format", "compressed-tensors"]
+    assert main(out) == 0
+    assert_same(load_huggingface(tmp_path / "ct")[0], load(tmp_path / "out"))
+
+
+def apply_mlp(params, tokens):
+    x = jnp.take(params["embed_tokens"]["embedding"], tokens, axis=0)
+    for layer in range(LAYERS):
+        mlp = params[f"layers_{layer}"]["mlp"]
+        x = (
+            x
+            + jax.nn.relu(x @ mlp["up_proj"]["kernel"] + mlp["up_proj"]["bias"][None, None])
+            @ mlp["down_proj"]["kernel"]
+        )
+    return x
+
+
+def test_the_command_calibrates(tmp_path, rng, monkeypatch):
+    params = random_params(rng)
+    save_huggingface(tmp_path / "hf", params, CONFIG, format="float")
+    np.save(tmp_path / "tokens.npy", rng.integers(0, 16, (6, 20)))
+    (tmp_path / "mine.py").write_text(
+        "from test_convert_model import apply_mlp\n\ndef make(config):\n    return apply_mlp\n"
+    )
+    module = type(sys)("test_convert_model")
+    module.apply_mlp = apply_mlp
+    monkeypatch.setitem(sys.modules, "test_convert_model", module)
+    monkeypatch.syspath_prepend(tmp_path)
+    command = ["convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--recipe", "w8a16"]
+    calibration = ["--calibrate", str(tmp_path / "tokens.npy"), "--model", "mine:make"]
+    assert main([*command, *calibration]) == 0
+    assert read_manifest(tmp_path / "out").algorithm == "gptq"
+    assert read_manifest(tmp_path / "out").huggingface == CONFIG
+    rounded = quantize(params, QuantConfig.preset("w8a16"))
+    kernel = load(tmp_path / "out")["layers_1"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.qtype == "int8"
+    assert (np.asarray(kernel.qvalue) != np.asarray(rounded["layers_1"]["mlp"]["up_proj"]["kernel"].qvalue)).any()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["inspect", "absent"], "no such folder"),
+        (["convert", "absent", "out"], "no such folder"),
+        (["convert", ".", "out"], "neither a jaxquant nor an orbax checkpoint"),
+        (["convert", "model", "out", "--rules", "rules.json"], "accepted: null, w8a16"),
+        (["convert", "model", "out", "--model", "a:b"], "go together"),
+        (
+            ["convert", "model", "out", "--recipe", "w4a16", "--model", "os:none", "--calibrate", "t.npy"],
+            "has no 'none'",
+        ),
+        (["convert", "model", "out", "--recipe", "w4a16", "--model", "absent_:b", "--calibrate", "t.npy"], "absent_"),
+        (["convert", "model", "model"], "exists; pass overwrite"),
+        (["export", "model", "out", "--format", "gptq"], "config.json of its model"),
+    ],
+)
+def test_errors_of_the_command(tmp_path, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(tmp_path)
+    save("model", {"w": np.ones((4, 4), np.float32)})
+    pathlib.Path("rules.json").write_text('{"w": "w5"}')
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not os.path.exists("out")
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxquant", "--help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "convert" in done.stdout
