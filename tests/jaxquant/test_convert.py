@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jaxquant.checkpoint import read_manifest
 from jaxquant.convert import convert, export
 from jaxquant.inspection import diff, inspect
 from jaxquant.interop import load_huggingface, save_huggingface
+from jaxquant.interop._safetensors import Pending, write_file
 
 D, H, LAYERS = 64, 96, 3
 CONFIG = {"model_type": "llama", "num_hidden_layers": LAYERS, "tie_word_embeddings": True, "dtype": "float32"}
@@ -101,10 +103,6 @@ def test_our_checkpoints_keep_their_types(tmp_path):
     assert jnp.issubdtype(restored[0]["dropout"]["rngs"]["key"].dtype, jax.dtypes.prng_key)
     assert jax.tree.structure(restored) == jax.tree.structure(quantize((state, {1: None}), W4))
     convert(tmp_path / "out", tmp_path / "again", W4)
-    assert_same(
-        jax.tree.map(jax.random.key_data, nnx.pure(restored[0]["dropout"])),
-        jax.tree.map(jax.random.key_data, nnx.pure(load(tmp_path / "again")[0]["dropout"])),
-    ) if False else None
     again = load(tmp_path / "again")[0]["layers"][0]["kernel"].get_raw_value()
     assert_same(again, restored[0]["layers"][0]["kernel"].get_raw_value())
 
@@ -271,13 +269,11 @@ MEASURED = """
 
 
 def test_memory_is_bounded_by_a_leaf(tmp_path):
-    """Twelve leaves of 64 MB: above the base stay two leaves and what is gathered for writing, however many there are."""
-    rows, columns, count = 4096, 4096, 12
+    """Eight leaves of 64 MB: above the base stay two leaves and the buffers, however many leaves there are."""
+    rows, columns, count = 4096, 4096, 8
     block = np.zeros((columns, rows), np.float32)
     block[:, ::128] = 1.0
     names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(count)]
-    from jaxquant.interop._safetensors import Pending, write_file
-
     small = {"model.embed_tokens.weight": np.ones((8, 8), np.float32), "model.norm.weight": np.ones(8, np.float32)}
     layout = {name: Pending(block.dtype, block.shape) for name in names}
     layout |= {name: Pending(tensor.dtype, tensor.shape) for name, tensor in small.items()}
@@ -288,7 +284,7 @@ def test_memory_is_bounded_by_a_leaf(tmp_path):
     done = run_python(MEASURED, tmp_path / "hf", tmp_path / "out")
     done.check_returncode()
     assert int(done.stdout) < 2 * block.nbytes + jaxquant.convert.FLUSH_BYTES + 2 * jaxquant.convert.SLICE_BYTES
-    assert load(tmp_path / "out")["layers_11"]["mlp"]["up_proj"]["kernel"].shape == (rows, columns)
+    assert load(tmp_path / "out")["layers_7"]["mlp"]["up_proj"]["kernel"].shape == (rows, columns)
 
 
 def test_inspect_tells_formats_groups_and_bytes(tmp_path, rng, capsys):
@@ -350,11 +346,8 @@ def apply_mlp(params, tokens):
     x = jnp.take(params["embed_tokens"]["embedding"], tokens, axis=0)
     for layer in range(LAYERS):
         mlp = params[f"layers_{layer}"]["mlp"]
-        x = (
-            x
-            + jax.nn.relu(x @ mlp["up_proj"]["kernel"] + mlp["up_proj"]["bias"][None, None])
-            @ mlp["down_proj"]["kernel"]
-        )
+        hidden = x @ mlp["up_proj"]["kernel"] + mlp["up_proj"]["bias"][None, None]
+        x = x + jax.nn.relu(hidden) @ mlp["down_proj"]["kernel"]
     return x
 
 
@@ -362,13 +355,9 @@ def test_the_command_calibrates(tmp_path, rng, monkeypatch):
     params = random_params(rng)
     save_huggingface(tmp_path / "hf", params, CONFIG, format="float")
     np.save(tmp_path / "tokens.npy", rng.integers(0, 16, (6, 20)))
-    (tmp_path / "mine.py").write_text(
-        "from test_convert_model import apply_mlp\n\ndef make(config):\n    return apply_mlp\n"
-    )
-    module = type(sys)("test_convert_model")
-    module.apply_mlp = apply_mlp
-    monkeypatch.setitem(sys.modules, "test_convert_model", module)
-    monkeypatch.syspath_prepend(tmp_path)
+    module = types.ModuleType("mine")
+    module.make = lambda config: apply_mlp if config == CONFIG else None
+    monkeypatch.setitem(sys.modules, "mine", module)
     command = ["convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--recipe", "w8a16"]
     calibration = ["--calibrate", str(tmp_path / "tokens.npy"), "--model", "mine:make"]
     assert main([*command, *calibration]) == 0
@@ -389,10 +378,10 @@ def test_the_command_calibrates(tmp_path, rng, monkeypatch):
         (["convert", "model", "out", "--rules", "rules.json"], "accepted: null, w8a16"),
         (["convert", "model", "out", "--model", "a:b"], "go together"),
         (
-            ["convert", "model", "out", "--recipe", "w4a16", "--model", "os:none", "--calibrate", "t.npy"],
+            ["convert", "model", "out", "--recipe", "nf4", "--model", "os:none", "--calibrate", "t.npy"],
             "has no 'none'",
         ),
-        (["convert", "model", "out", "--recipe", "w4a16", "--model", "absent_:b", "--calibrate", "t.npy"], "absent_"),
+        (["convert", "model", "out", "--recipe", "nf4", "--model", "absent_:b", "--calibrate", "t.npy"], "absent_"),
         (["convert", "model", "model"], "exists; pass overwrite"),
         (["export", "model", "out", "--format", "gptq"], "config.json of its model"),
     ],
