@@ -18,7 +18,8 @@ def close(jaxpr: Any) -> core.ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, [])
 
 
-def _inline(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, values: list) -> list:
+def inline(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, values: list) -> list:
+    """Evaluates the body of a call in its caller's region."""
     body = next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
     return interpreter.evaluate(close(body), values, frame.region, (*frame.stack, id(eqn)))
 
@@ -26,7 +27,7 @@ def _inline(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, valu
 def _checkpoint(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, values: list) -> list:
     params = eqn.params
     if params["differentiated"]:
-        return _inline(interpreter, frame, eqn, values)
+        return inline(interpreter, frame, eqn, values)
 
     def body(*values: Any) -> tuple[list, dict]:
         return interpreter.run(close(params["jaxpr"]), values, (*frame.stack, id(eqn)))
@@ -86,13 +87,23 @@ def _like(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, before
     ]
 
 
+def split_scan(eqn: core.JaxprEqn, values: list) -> tuple[list, list, list]:
+    """The operands of a scan: constants, carry, and what is sliced.
+
+    The parameters that count them differ between versions of JAX; the ranks of operands and of the body's variables tell
+    on all of them.
+    """
+    body = close(eqn.params["jaxpr"]).jaxpr
+    xs_count = sum(a.aval.ndim != b.aval.ndim for a, b in zip(eqn.invars, body.invars, strict=True))
+    carry_count = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body.outvars, strict=True))
+    first, last = len(values) - xs_count - carry_count, len(values) - xs_count
+    return values[:first], values[first:last], values[last:]
+
+
 def _scan(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, values: list) -> list:
     params, body = eqn.params, close(eqn.params["jaxpr"])
-    # the parameters that count constants and carries differ between versions of JAX; ranks tell on all of them
-    xs_count = sum(a.aval.ndim != b.aval.ndim for a, b in zip(eqn.invars, body.jaxpr.invars, strict=True))
-    carry_count = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body.jaxpr.outvars, strict=True))
-    first = len(values) - xs_count - carry_count
-    consts, carry, xs = values[:first], values[first : first + carry_count], values[first + carry_count :]
+    consts, carry, xs = split_scan(eqn, values)
+    carry_count = len(carry)
     special, stack = [interpreter.is_special(x) for x in xs], (*frame.stack, id(eqn))
     xs = [_sliceable(interpreter, frame, eqn, x) if flag else x for x, flag in zip(xs, special, strict=True)]
 
@@ -104,13 +115,17 @@ def _scan(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, values
     def first_step(carry: list) -> list:
         return step(carry, jax.tree.map(lambda leaf: leaf[0], xs))[0]
 
-    carry = _arrays(carry, eqn.invars[first : first + carry_count], interpreter)
+    carry = _arrays(carry, eqn.invars[len(consts) : len(consts) + carry_count], interpreter)
     carry = _settle(interpreter, frame, eqn, carry, first_step)
     last, (ys, emitted) = jax.lax.scan(
         step, carry, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
     )
     _absorb(interpreter, frame, interpreter.pool(emitted, stack))
     return [*last, *(interpreter.stacked(y) if interpreter.is_special(y) else y for y in ys)]
+
+
+def _rank(atom: Any) -> int:
+    return atom.aval.ndim
 
 
 def _sliceable(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, value: Any) -> Any:
@@ -174,7 +189,7 @@ def _cond(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, values
     return outs
 
 
-def _shard_map(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, values: list) -> list:
+def _shard_map(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, values: list) -> Sequence:
     params, inputs, specs, makers = eqn.params, [], [], []
     for value, spec in zip(values, params["in_specs"], strict=True):
         shards = interpreter.shards(value, spec, params["mesh"]) if interpreter.is_special(value) else None
@@ -201,12 +216,15 @@ def _shard_map(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, v
     )(*inputs)
 
 
+CALLS = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+    | {"remat", "remat2", "checkpoint"}
+)
+CHECKPOINTS = ("remat", "remat2", "checkpoint")
+
 CONTROL = {
-    **dict.fromkeys(
-        ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
-        _inline,
-    ),
-    **dict.fromkeys(("remat", "remat2", "checkpoint"), _checkpoint),
+    **dict.fromkeys(CALLS, inline),
+    **dict.fromkeys(CHECKPOINTS, _checkpoint),
     "scan": _scan,
     "while": _while,
     "cond": _cond,

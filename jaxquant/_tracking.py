@@ -22,7 +22,7 @@ class Tracked:
         path: where it lies in the tree.
         dims: for each dimension of the value, the parameter's own dimensions it is made of, negative.
         picked: own dimensions of which the program has picked one index each.
-        indices: those indices, int32 scalars.
+        indices: those indices, integers or int32 scalars.
         scans: own dimensions that scans slice, each with the scan's place in the program.
     """
 
@@ -170,7 +170,7 @@ def _cut(starts_of: Callable[[core.JaxprEqn, list], Sequence]) -> Callable:
         for d, start in enumerate(starts_of(eqn, rest)):
             if out.shape[d] == 1 < value.array.shape[d] and len(dims[d]) == 1:
                 picked.append(dims[d][0])
-                indices.append(jnp.asarray(start, jnp.int32))
+                indices.append(start)
                 dims[d] = ()
         return [dataclasses.replace(value, array=out, dims=tuple(dims), picked=tuple(picked), indices=tuple(indices))]
 

@@ -148,7 +148,7 @@ def test_a_branch_not_taken_leaves_no_trace(rng):
     assert np.all(np.isinf(found["v"].low))
 
 
-@pytest.mark.parametrize("strides, padding, dilation", [((1, 1), "SAME", 1), ((2, 1), "VALID", 2)])
+@pytest.mark.parametrize(("strides", "padding", "dilation"), [((1, 1), "SAME", 1), ((2, 1), "VALID", 2)])
 def test_patches_times_the_kernels_matrix_is_the_convolution(rng, strides, padding, dilation):
     x, kernel = normal(rng, 2, 7, 6, 3), normal(rng, 3, 2, 3, 5)
     options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "rhs_dilation": (dilation, dilation)}
@@ -174,7 +174,7 @@ def test_a_flax_attention_is_calibrated_unmodified(rng):
 
 
 @pytest.mark.parametrize(
-    "model, error, words",
+    ("model", "error", "words"),
     [
         (lambda p, x: x @ p["w"], ValueError, r"unused.*no product.*Rule\('unused', None\)"),
         (

@@ -123,7 +123,7 @@ def test_static_activations_are_calibrated_without_an_algorithm(rng):
 
 
 @pytest.mark.parametrize(
-    "config, options, words",
+    ("config", "options", "words"),
     [
         (GPTQ, {}, r"kernel: algorithm 'gptq' needs calibration; give .*apply_fn=.*stats="),
         (GPTQ, {"apply_fn": lambda p, x: x @ p["kernel"]}, "give batches= too"),
