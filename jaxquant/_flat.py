@@ -5,12 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from jaxquant._arguments import Form
 from jaxquant._control import CALLS, close, inline, split_scan
 from jaxquant._interpreter import Frame, Value, bind
 from jaxquant._tracking import Tracked, Tracker, track
+
+MAX_COUNTS = 4096  # elements of an array of integers that is computed while flattening
 
 
 def flatten_program(
@@ -50,6 +53,9 @@ class Unroller(Tracker):
         name, special = eqn.primitive.name, [value for value in values if self.is_special(value)]
         if name in CALLS:
             return inline(self, frame, eqn, values)
+        if _counts(eqn, values):
+            with jax.ensure_compile_time_eval():
+                return bind(frame, eqn, values)
         if name == "scan" and special:
             return self.unroll(frame, eqn, values)
         if name in ("while", "shard_map") and special:
@@ -76,8 +82,16 @@ class Unroller(Tracker):
         return [*carry, *(jnp.stack(column) for column in zip(*ys, strict=True))]
 
 
+def _counts(eqn: core.JaxprEqn, values: Sequence[Value]) -> bool:
+    """Whether an equation computes small known integers, as loop counters are, by which layers are then picked."""
+    known = not any(isinstance(value, jax.core.Tracer | Tracked) for value in values)
+    return known and all(var.aval.dtype.kind in "iub" and var.aval.size <= MAX_COUNTS for var in eqn.outvars)
+
+
 def _step_of(x: Value, step: int) -> Value:
     """One slice of what a scan goes over; of a weight, as the program itself would have picked it."""
+    if not isinstance(x, jax.core.Tracer | Tracked):
+        return np.asarray(x)[step]
     if not isinstance(x, Tracked):
         return jax.lax.index_in_dim(x, step, keepdims=False)
     array = jax.lax.index_in_dim(x.array, step, keepdims=False)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,71 @@ class Observation:
 jax.tree_util.register_dataclass(Observation, data_fields=["stats"], meta_fields=["lead", "scans"])
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the inputs of one product become the rows that meet a weight.
+
+    Attributes:
+        key: equal for readings that do the same.
+        watch: what is gathered.
+        lead: the parameter's own dimensions that the rows' leading ones stand for.
+        rows: function of the product's inputs: ([*lead, T, K], [*lead, T] weights of the rows or None).
+    """
+
+    key: Any
+    watch: Watch
+    lead: tuple[int, ...]
+    rows: Callable[..., tuple[jax.Array, jax.Array | None]] = dataclasses.field(compare=False)
+
+
+def read_product(value: Tracked, meeting: Meeting, watch: Watch, rank: int) -> Reading:
+    """The rows that meet a matrix, or each matrix of a batch.
+
+    Args:
+        value: the parameter.
+        meeting: how the input, of `rank` dimensions, meets it.
+        watch: the parameter's contracting axes.
+        rank: of the input.
+
+    Raises:
+        NotImplementedError: the product sums over other axes or over a part of them.
+    """
+    check_axes(value, meeting.w_contract, watch)
+    summed = sorted(zip(meeting.w_contract, meeting.x_contract, strict=True), key=lambda pair: value.dims[pair[0]])
+    batches = [(value.dims[w], d) for w, d in zip(meeting.w_batch, meeting.x_batch, strict=True)]
+    stacked = sorted((own, d) for own, d in batches if own)
+    held = {*meeting.x_contract, *(d for _, d in stacked)}
+    lead = tuple(own for owns, _ in stacked for own in owns)
+    order = (*(d for _, d in stacked), *(d for d in range(rank) if d not in held), *(d for _, d in summed))
+    sizes = [watch.shape[own] for own in lead]
+
+    def rows(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        inputs = x.transpose(order).reshape(*sizes, -1, watch.channels)
+        return inputs, live_rows(inputs) if lead else None
+
+    return Reading(("product", watch, lead, order), watch, lead, rows)
+
+
+def read_ragged(value: Tracked, watch: Watch) -> Reading:
+    """For each expert the rows sorted to it; the inputs are rows [M, K] and their number for each expert."""
+    check_axes(value, (1,), watch)
+
+    def rows(x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        ends = jnp.cumsum(sizes)
+        row = jnp.arange(x.shape[0], dtype=ends.dtype)
+        mine = jax.vmap(lambda start, end: (row >= start) & (row < end))(ends - sizes, ends)
+        return jnp.broadcast_to(x, (mine.shape[0], *x.shape)), mine.astype(jnp.float32)
+
+    return Reading(("ragged", watch), watch, value.dims[0], rows)
+
+
+def read_convolution(value: Tracked, params: Mapping[str, Any], watch: Watch) -> Reading:
+    """The patches under the window."""
+    check_axes(value, params["dimension_numbers"].rhs_spec[1:], watch)
+    key = ("convolution", watch, value.dims, value.array.shape, str(sorted(params.items())))
+    return Reading(key, watch, (), lambda x: (patches(x, params, value, watch), None))
+
+
 class Observer(Tracker):
     """Emits an `Observation` under the path of each watched parameter that meets an input."""
 
@@ -62,51 +127,29 @@ class Observer(Tracker):
         self.watches = watches
 
     def product(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array, meeting: Meeting) -> None:
-        """Gathers the rows that meet a matrix, or each matrix of a batch."""
-        watch = self.watches.get(value.path)
-        if watch is None:
-            return
-        rows, lead = input_rows(x, value, meeting, watch)
-        self.gather(frame, value, watch, rows, lead, live_rows(rows) if lead else None)
+        """Gathers the rows."""
+        if (watch := self.watches.get(value.path)) is not None:
+            self.gather(frame, value, read_product(value, meeting, watch, x.ndim), x)
 
     def ragged(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array, sizes: jax.Array) -> None:
-        """Gathers for each expert the rows sorted to it."""
-        watch = self.watches.get(value.path)
-        if watch is None:
-            return
-        check_axes(value, (1,), watch)
-        ends = jnp.cumsum(sizes)
-        row = jnp.arange(x.shape[0], dtype=ends.dtype)
-        mine = jax.vmap(lambda start, end: (row >= start) & (row < end))(ends - sizes, ends)
-        shared = jnp.broadcast_to(x, (mine.shape[0], *x.shape))
-        self.gather(frame, value, watch, shared, value.dims[0], mine.astype(jnp.float32))
+        """Gathers the rows of each expert."""
+        if (watch := self.watches.get(value.path)) is not None:
+            self.gather(frame, value, read_ragged(value, watch), x, sizes)
 
     def convolution(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array) -> None:
-        """Gathers the patches under the window."""
-        watch = self.watches.get(value.path)
-        if watch is None:
-            return
-        check_axes(value, eqn.params["dimension_numbers"].rhs_spec[1:], watch)
-        self.gather(frame, value, watch, patches(x, eqn.params, value, watch), (), None)
+        """Gathers the patches."""
+        if (watch := self.watches.get(value.path)) is not None:
+            self.gather(frame, value, read_convolution(value, eqn.params, watch), x)
 
-    def gather(
-        self,
-        frame: Frame,
-        value: Tracked,
-        watch: Watch,
-        rows: jax.Array,
-        lead: tuple[int, ...],
-        weights: jax.Array | None,
-    ) -> None:
-        """Emits the statistics of rows [*lead, T, K]."""
-        stats = rows_statistics(rows, watch, len(lead), weights)
+    def gather(self, frame: Frame, value: Tracked, reading: Reading, *inputs: jax.Array) -> None:
+        """Emits the statistics of what a product reads."""
+        stats, lead, watch = read_statistics(reading, *inputs), reading.lead, reading.watch
         for own, index in zip(value.picked, value.indices, strict=True):
-            if own not in watch.axis and own < watch.axis[0]:
+            if own < watch.axis[0]:
                 stats, lead = _place(stats, watch.shape[own], index), (own, *lead)
         order = tuple(sorted(range(len(lead)), key=lead.__getitem__))
         stats = jax.tree.map(lambda leaf: leaf.transpose(*order, *range(len(lead), leaf.ndim)), stats)
-        scans = tuple((own, scan) for own, scan in value.scans)
-        self.emit(frame, value.path, Observation(stats, tuple(sorted(lead)), scans))
+        self.emit(frame, value.path, Observation(stats, tuple(sorted(lead)), value.scans))
 
     def join(self, held: Observation, new: Observation) -> Observation:
         """Pools two uses of one parameter."""
@@ -155,15 +198,46 @@ def _place(stats: Statistics, size: int, index: jax.Array) -> Statistics:
     return jax.tree.map(lambda whole, leaf: whole.at[index].set(leaf), _nothing(form), stats)
 
 
-def rows_statistics(rows: jax.Array, watch: Watch, batch_dims: int, weights: jax.Array | None) -> Statistics:
-    """The statistics of rows [*batch, T, K], each leaf with the batch's dimensions in front."""
+def empty_statistics(reading: Reading, outputs: int = 0) -> Statistics:
+    """Statistics of no token, with the leading dimensions of a reading."""
+    sizes = [reading.watch.shape[own] for own in reading.lead]
+    stats = init_statistics(reading.watch.needs, reading.watch.channels, outputs)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*sizes, *leaf.shape)), stats)
 
-    def one(rows: jax.Array, weights: jax.Array | None) -> Statistics:
-        return update_statistics(init_statistics(watch.needs, watch.channels), rows, weights=weights)
 
-    for _ in range(batch_dims):
-        one = jax.vmap(one)
-    return one(rows, weights)
+def read_statistics(reading: Reading, *inputs: jax.Array) -> Statistics:
+    """The statistics of what a product reads, each leaf with the reading's leading dimensions."""
+    return add_statistics(empty_statistics(reading), reading, inputs)
+
+
+def add_statistics(
+    stats: Statistics,
+    reading: Reading,
+    inputs: Sequence[jax.Array],
+    float_inputs: Sequence[jax.Array] | None = None,
+    residual: jax.Array | None = None,
+) -> Statistics:
+    """Adds what a product reads to statistics.
+
+    Args:
+        stats: of the batches before, each leaf with the reading's leading dimensions.
+        reading: how inputs become rows.
+        inputs: of the product.
+        float_inputs: what the float model has there, where cross statistics are gathered.
+        residual: [T, N] what the outputs should make up for, where that is gathered.
+
+    Returns:
+        The new statistics.
+    """
+    rows, weights = reading.rows(*inputs)
+    beside = None if float_inputs is None else reading.rows(*float_inputs)[0]
+
+    def update(stats, rows, weights, beside):
+        return update_statistics(stats, rows, weights=weights, x_float=beside, residual=residual)
+
+    for _ in reading.lead:
+        update = jax.vmap(update)
+    return update(stats, rows, weights, beside)
 
 
 def live_rows(rows: jax.Array) -> jax.Array:
@@ -185,32 +259,6 @@ def check_axes(value: Tracked, dims: Any, watch: Watch) -> None:
             f"{value.path}: a product sums over {size} of its {watch.channels} input channels; calibration needs all of"
             f" them in one product: leave it with Rule({value.path!r}, None), or quantize without an algorithm"
         )
-
-
-def input_rows(x: jax.Array, value: Tracked, meeting: Meeting, watch: Watch) -> tuple[jax.Array, tuple[int, ...]]:
-    """Brings the inputs of a product to rows.
-
-    Args:
-        x: the input.
-        value: the parameter it meets.
-        meeting: how they meet.
-        watch: the parameter's contracting axes.
-
-    Returns:
-        ([*lead, T, K], the parameter's own dimensions that `lead` stands for).
-
-    Raises:
-        NotImplementedError: the product sums over other axes or over a part of them.
-    """
-    check_axes(value, meeting.w_contract, watch)
-    summed = sorted(zip(meeting.w_contract, meeting.x_contract, strict=True), key=lambda pair: value.dims[pair[0]])
-    batches = [(value.dims[w], x_dim) for w, x_dim in zip(meeting.w_batch, meeting.x_batch, strict=True)]
-    stacked = sorted((own, d) for own, d in batches if own)
-    free = [d for d in range(x.ndim) if d not in meeting.x_contract and d not in [d for _, d in stacked]]
-    lead = tuple(own for owns, _ in stacked for own in owns)
-    sizes = [watch.shape[own] for own in lead]
-    order = [*(d for _, d in stacked), *free, *(d for _, d in summed)]
-    return x.transpose(order).reshape(*sizes, -1, watch.channels), lead
 
 
 def patches(x: jax.Array, params: Mapping[str, Any], value: Tracked, watch: Watch) -> jax.Array:

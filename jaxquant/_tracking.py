@@ -48,12 +48,14 @@ class Meeting:
         w_contract: those of w, in the same order.
         x_batch: batch dimensions of x.
         w_batch: those of w.
+        place: which operand of the product w is, 0 or 1.
     """
 
     x_contract: tuple[int, ...]
     w_contract: tuple[int, ...]
-    x_batch: tuple[int, ...] = ()
-    w_batch: tuple[int, ...] = ()
+    x_batch: tuple[int, ...]
+    w_batch: tuple[int, ...]
+    place: int
 
 
 def track(array: jax.Array, path: str | None) -> Value:
@@ -107,7 +109,7 @@ def _dot(tracker: Tracker, frame: Frame, eqn: core.JaxprEqn, values: list) -> Se
     for place, value in enumerate(values):
         if isinstance(value, Tracked):
             other = 1 - place
-            meeting = Meeting(contract[other], contract[place], batch[other], batch[place])
+            meeting = Meeting(contract[other], contract[place], batch[other], batch[place], place)
             tracker.product(frame, eqn, value, arrays[other], meeting)
     return bind(frame, eqn, arrays)
 
