@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, of one layer.
 
     Make one with `KVCache.init` or `KVCache.init_paged`. Methods return a new cache; inside jit, with the old one
-    donated, they write in place. Stack caches along a leading axis to scan over layers.
+    donated, they write in place. Stack caches along a leading axis to scan over layers. Arrays that a format or a fixed
+    cache has no use for are None.
 
     Attributes:
         key: [B, K, S, H] of the format; packed along S for "int4" and "int2". Pages [P, K, S, H] of a paged cache.
@@ -59,16 +61,16 @@ class KVCache:
 
     key: jax.Array
     value: jax.Array
-    key_scale: jax.Array | None
-    value_scale: jax.Array | None
-    key_minimum: jax.Array | None
-    value_minimum: jax.Array | None
-    recent: jax.Array | None
+    key_scale: Any
+    value_scale: Any
+    key_minimum: Any
+    value_minimum: Any
+    recent: Any
     lengths: jax.Array
     overflowed: jax.Array
-    page_table: jax.Array | None
-    free_pages: jax.Array | None
-    num_free: jax.Array | None
+    page_table: Any
+    free_pages: Any
+    num_free: Any
     format: str
     dtype: jnp.dtype
     head_dim: int
@@ -114,8 +116,8 @@ class KVCache:
         _check_sizes(format, capacity, head_dim, group_size, window)
         stores = _stores(format, dtype, batch, capacity, kv_heads, head_dim, group_size)
         recent = jnp.zeros((batch, kv_heads, window, head_dim), dtype) if format in GROUPED else None
-        lengths, overflowed = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool)
-        return cls(*stores, recent, lengths, overflowed, None, None, None, format, jnp.dtype(dtype), head_dim)
+        state = _empty(batch, format, dtype, head_dim)
+        return cls(**stores, **state, recent=recent, page_table=None, free_pages=None, num_free=None)
 
     @classmethod
     def init_paged(
@@ -160,9 +162,8 @@ class KVCache:
             raise ValueError(f"pages and page_size must be positive, got {pages} and {page_size}")
         stores = _stores(format, dtype, pages, page_size, kv_heads, head_dim, 1)
         table = jnp.zeros((batch, -(-capacity // page_size)), jnp.int32)
-        lengths, overflowed = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool)
-        free = jnp.arange(pages, dtype=jnp.int32), jnp.int32(pages)
-        return cls(*stores, None, lengths, overflowed, table, *free, format, jnp.dtype(dtype), head_dim)
+        free = {"free_pages": jnp.arange(pages, dtype=jnp.int32), "num_free": jnp.int32(pages)}
+        return cls(**stores, **_empty(batch, format, dtype, head_dim), recent=None, page_table=table, **free)
 
     @property
     def capacity(self) -> int:
@@ -244,7 +245,7 @@ class KVCache:
         """Empties the sequences marked in `done`, bool [B], and gives their pages back."""
         lengths = jnp.where(done, 0, self.lengths)
         cache = dataclasses.replace(self, lengths=lengths, overflowed=self.overflowed & ~done)
-        if self.page_table is None or self.free_pages is None:
+        if self.page_table is None:
             return cache
         held = -(-self.lengths // self.value.shape[-1])
         column = lax.broadcasted_iota(jnp.int32, self.page_table.shape, 1)
@@ -293,7 +294,7 @@ class KVCache:
             key=self.key.at[row, :, column].set(key_codes, mode="drop"),
             value=self.value.at[row, :, :, column].set(value_codes, mode="drop"),
         )
-        if self.key_scale is None or self.value_scale is None:
+        if self.key_scale is None:
             return cache
         return dataclasses.replace(
             cache,
@@ -333,7 +334,7 @@ class KVCache:
 
     def _token_floats(self) -> tuple[jax.Array, jax.Array]:
         key, value = self.key.astype(jnp.float32), self.value.astype(jnp.float32)
-        if self.key_scale is not None and self.value_scale is not None:
+        if self.key_scale is not None:
             key, value = key * self.key_scale[..., None], value * self.value_scale[:, :, None]
         if self.page_table is None:
             return key, value
@@ -368,23 +369,30 @@ class KVCache:
             raise ValueError(f"counts must be integers of shape ({batch},), got {counts.dtype} of shape {counts.shape}")
 
 
-def _stores(format: str, dtype, rows: int, tokens: int, kv_heads: int, head_dim: int, group_size: int) -> tuple:
+def _empty(batch: int, format: str, dtype, head_dim: int) -> dict[str, Any]:
+    """What every cache has besides its stores."""
+    counts = {"lengths": jnp.zeros((batch,), jnp.int32), "overflowed": jnp.zeros((batch,), bool)}
+    return {**counts, "format": format, "dtype": jnp.dtype(dtype), "head_dim": head_dim}
+
+
+def _stores(
+    format: str, dtype, rows: int, tokens: int, kv_heads: int, head_dim: int, group_size: int
+) -> dict[str, Any]:
     """Zeroed keys, values, their scales and minima."""
-    zeros = lambda shape, dtype: jnp.zeros((rows, kv_heads, *shape), dtype)  # noqa: E731
-    key, value = (tokens, head_dim), (head_dim, tokens)
-    if format in GROUPED:
-        codes = 8 // GROUPED[format]
-        keys = (tokens // group_size, head_dim)
-        values = (head_dim // min(group_size, head_dim), tokens)
-        return (
-            zeros((tokens // codes, head_dim), jnp.uint8),
-            zeros((head_dim // codes, tokens), jnp.uint8),
-            *(zeros(shape, SCALE_DTYPE) for shape in (keys, values, keys, values)),
-        )
+    shapes = {"key": (tokens, head_dim), "value": (head_dim, tokens)}
+    dtypes = dict.fromkeys(shapes, format if format in EIGHT_BIT else dtype)
     if format in EIGHT_BIT:
-        scales = (zeros((tokens,), jnp.float32) for _ in range(2))
-        return zeros(key, format), zeros(value, format), *scales, None, None
-    return zeros(key, dtype), zeros(value, dtype), None, None, None, None
+        shapes |= {"key_scale": (tokens,), "value_scale": (tokens,)}
+    if format in GROUPED:
+        codes, channels = 8 // GROUPED[format], min(group_size, head_dim)
+        shapes = {"key": (tokens // codes, head_dim), "value": (head_dim // codes, tokens)}
+        dtypes = dict.fromkeys(shapes, jnp.uint8)
+        grids = {"key": (tokens // group_size, head_dim), "value": (head_dim // channels, tokens)}
+        shapes |= {f"{name}_{grid}": shape for grid in ("scale", "minimum") for name, shape in grids.items()}
+    grid_dtype = SCALE_DTYPE if format in GROUPED else jnp.float32
+    absent = dict.fromkeys(("key_scale", "value_scale", "key_minimum", "value_minimum"))
+    zeros = {name: jnp.zeros((rows, kv_heads, *shape), dtypes.get(name, grid_dtype)) for name, shape in shapes.items()}
+    return absent | zeros
 
 
 def _quantize_tokens(x: jax.Array, format: str, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

@@ -94,8 +94,8 @@ def attention(
         raise NotImplementedError(f"implementation='mosaic_gpu': {reason}")
     if implementation is None and reason is not None:
         implementation = "xla"
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    call = _Call(_window(window, causal), scale, mode, implementation, config)
+    softmax_scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    call = _Call(_window(window, causal), softmax_scale, mode, implementation, config)
     masking = masking._replace(
         query_lengths=_clamped(query_lengths, q.shape[1]), kv_lengths=_clamped(kv_lengths, k.shape[1])
     )
@@ -133,8 +133,9 @@ _attention.defvjp(_forward, _backward)
 
 
 def _xla(call: _Call, qkv, masking: Masking) -> jax.Array:
+    q, k, v = qkv
     return attention_reference(
-        *qkv, masking, window=call.window, scale=call.scale, mode=call.mode, block=REFERENCE_BLOCK
+        q, k, v, masking, window=call.window, scale=call.scale, mode=call.mode, block=REFERENCE_BLOCK
     )
 
 
@@ -152,8 +153,11 @@ def _mosaic_gpu(call: _Call, qkv, masking: Masking) -> jax.Array:
     values = v if values_dtype is None else quantize_values_mosaic_gpu(v, values_dtype, block, kv_lengths)
     lengths = None
     if masking.query_lengths is not None or masking.kv_lengths is not None:
-        given = ((masking.query_lengths, tokens), (masking.kv_lengths, kv_tokens))
-        lengths = tuple(jnp.full((batch,), most, jnp.int32) if some is None else some for some, most in given)
+        query_lengths, kv_lengths = (
+            jnp.full((batch,), most, jnp.int32) if some is None else some
+            for some, most in ((masking.query_lengths, tokens), (masking.kv_lengths, kv_tokens))
+        )
+        lengths = query_lengths, kv_lengths
     out = quantized_attention(
         q,
         keys,

@@ -78,7 +78,7 @@ def quantize_values_mosaic_gpu(v: jax.Array, dtype: jnp.dtype, block: int, lengt
     return Values(call(v, absmax, _all_lengths(lengths, batch, tokens)), absmax * (1 / LARGEST_CODE[dtype]))
 
 
-def shared(shape: tuple[int, ...], dtype, columns: int | None = None) -> plgpu.SMEM:
+def shared(shape: tuple[int, ...], dtype, columns: int | None = None):
     """Shared memory in the swizzled tiles that wgmma and the copy engine read without bank conflicts.
 
     With `columns`, a tile's row is no longer than that, so that one can be addressed alone.

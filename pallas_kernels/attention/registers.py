@@ -41,7 +41,7 @@ def repeat_columns(x, columns: int):
         registers = np.repeat(x.registers, columns // QUAD_COLUMNS, axis=1)
         return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
-    return repeat(x)
+    return repeat(x)  # pyright: ignore[reportCallIssue] - the context is passed by the decorator
 
 
 def largest_of_columns(x):
@@ -57,7 +57,7 @@ def largest_of_columns(x):
                 registers[index] = arith.maximumf(registers[index], x.registers[here])
         return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
-    return largest(x)
+    return largest(x)  # pyright: ignore[reportCallIssue]
 
 
 _ROUND_TO_E4M3 = (
@@ -98,4 +98,4 @@ def round_to_operand(x, dtype: jnp.dtype):
             _registers=registers, _layout=fa.WGMMA_LAYOUT_8BIT, _is_signed=True if dtype == INT8 else None
         )
 
-    return round_registers(x)
+    return round_registers(x)  # pyright: ignore[reportCallIssue]

@@ -66,10 +66,10 @@ def decode_attention(
     reason = supports(q, k, page_size, config)
     if implementation == "mosaic_gpu" and reason is not None:
         raise NotImplementedError(f"implementation='mosaic_gpu': {reason}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    softmax_scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     operands = q, k, v, lengths.astype(jnp.int32), k_scale, v_scale, page_table
-    xla = functools.partial(decode_attention_reference, scale=scale)
-    kernel = functools.partial(decode_attention_mosaic_gpu, scale=scale, config=config)
+    xla = functools.partial(decode_attention_reference, scale=softmax_scale)
+    kernel = functools.partial(decode_attention_mosaic_gpu, scale=softmax_scale, config=config)
     if implementation is None and reason is None:
         return lax.platform_dependent(*operands, cuda=kernel, default=xla)
     return (kernel if implementation == "mosaic_gpu" else xla)(*operands)

@@ -94,7 +94,7 @@ def _scratch(operands: dict, config: Config) -> dict:
     return scratch
 
 
-def _tiled(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
+def _tiled(shape: tuple[int, ...], dtype):
     size = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
     return plgpu.SMEM(
@@ -192,8 +192,9 @@ def _send(state, rank, smem: dict):
     acc, maximum, total = state
     rows = jnp.zeros((STATISTIC_ROWS, acc.shape[1]), jnp.float32)
     parts = {"partial": acc, "maximum": _along_columns(maximum, rows), "total": _along_columns(total, rows)}
+    first = jnp.int32(0)
     for name, value in parts.items():
-        plgpu.async_store_smem(value, smem[name].at[rank - 1], smem["arrived"], cluster_idx=0, cluster_dim="split")
+        plgpu.async_store_smem(value, smem[name].at[rank - 1], smem["arrived"], cluster_idx=first, cluster_dim="split")
 
 
 def _merge(state, smem: dict):

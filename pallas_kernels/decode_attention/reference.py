@@ -18,8 +18,8 @@ def decode_attention_reference(
 ) -> jax.Array:
     """Softmax attention of one query per head [B, N, H] over the first `lengths` tokens of each sequence's cache."""
     if page_table is not None:
-        k, k_scale = _gather(k, page_table, 2), _gather(k_scale, page_table, 2)
-        v, v_scale = _gather(v, page_table, 3), _gather(v_scale, page_table, 2)
+        k, v = _gather(k, page_table, 2), _gather(v, page_table, 3)
+        k_scale, v_scale = (x if x is None else _gather(x, page_table, 2) for x in (k_scale, v_scale))
     (batch, heads, head_dim), dtype = q.shape, q.dtype
     kv_heads = k.shape[1]
     q = q.reshape(batch, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32)
@@ -39,10 +39,8 @@ def decode_attention_reference(
     return (out / jnp.where(total == 0, 1.0, total)).reshape(batch, heads, head_dim).astype(dtype)
 
 
-def _gather(pages: jax.Array | None, table: jax.Array, axis: int) -> jax.Array | None:
+def _gather(pages: jax.Array, table: jax.Array, axis: int) -> jax.Array:
     """Sequences [B, K, ...] out of pages [P, K, ...], which join along the token axis."""
-    if pages is None:
-        return None
     joined = jnp.moveaxis(pages[table], 1, axis)  # [B, K, ..., pages, page, ...]
     shape = joined.shape
     return joined.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
