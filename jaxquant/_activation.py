@@ -60,18 +60,23 @@ def prepare(x: jax.Array, q: QArray, dims: Dims) -> jax.Array:
     """
     if q.pre_scale is not None and any(q.pre_scale.shape[d] > 1 for d in dims.w_contract):
         x = x * to_x_dims(q.pre_scale, dims, x.ndim).astype(x.dtype)
-    packed = q.ndim + q.axis[-1]
-    if packed not in dims.w_contract:
-        return x
-    target = dims.x_contract[dims.w_contract.index(packed)]
+    target, missing = padding(q, dims)
     if q.perm is not None:
-        one_order = q.perm.size == q.perm.shape[packed]
+        one_order = q.perm.size == q.perm.shape[q.axis[-1]]
         x = (
             jnp.take(x, q.perm.reshape(-1), axis=target, mode="clip")
             if one_order
             else jnp.take_along_axis(x, to_x_dims(q.perm, dims, x.ndim), axis=target, mode="clip")
         )
-    return pad_axis(x, target - x.ndim, q.padded - q.shape[packed])
+    return pad_axis(x, target - x.ndim, missing)
+
+
+def padding(q: QArray, dims: Dims) -> tuple[int, int]:
+    """The dimension of x that meets the packed axis, and the elements it lacks to whole groups; none: (0, 0)."""
+    packed = q.ndim + q.axis[-1]
+    if packed not in dims.w_contract:
+        return 0, 0
+    return dims.x_contract[dims.w_contract.index(packed)], q.padded - q.shape[packed]
 
 
 def activation_grid(shape: tuple[int, ...], dims: Dims, spec: TensorSpec) -> tuple[int, ...]:

@@ -63,11 +63,9 @@ def convolution(x: jax.Array, q: QArray, params: dict, dtype: jnp.dtype) -> jax.
         inputs = quantize_activation(
             x, Dims(spec.lhs_spec[1:], spec.rhs_spec[1:]), q.activation, q.act_scale, q.act_zero_point
         )
-    total = None
-    for part, inputs_of, padding in _cells(bare(q), inputs, params):
-        term = _one_cell(inputs_of, part, params | {"padding": padding})
-        total = term if total is None else total + term
-    return total.astype(dtype)
+    parts = _cells(bare(q), inputs, params)
+    terms = [_one_cell(x, kernel, params | {"padding": padding}) for kernel, x, padding in parts]
+    return sum(terms[1:], terms[0]).astype(dtype)
 
 
 def _cells(kernel: QArray, x: jax.Array | QArray, params: dict) -> Iterator[tuple[QArray, jax.Array | QArray, tuple]]:

@@ -12,7 +12,7 @@ from jaxquant import _views
 from jaxquant._activation import Dims
 from jaxquant._numerics import expand_grid
 from jaxquant._products import product, refusal
-from jaxquant._qarray import QArray, codes_of, dequantize_array
+from jaxquant._qarray import QArray, dequantize_array
 from jaxquant._qtypes import decode_codes
 from jaxquant._ragged import ragged_product
 from jaxquant._views import Unrepresentable, packed_dim
@@ -32,8 +32,8 @@ def dot_general(
 ) -> jax.Array:
     """Multiplies as `jax.lax.dot_general` does, with a quantized weight on either side.
 
-    The weight stays in codes: per-channel scales multiply the result, per-group scales each group's partial sum. With an
-    `activation` spec in the weight the other side is quantized too, and integers (or float8s) meet in the product.
+    The weight stays in codes: per-channel scales multiply the result, per-group scales each group's partial sum. With
+    an `activation` spec in the weight the other side is quantized too, and integers (or float8s) meet in the product.
     Derivatives reach the floating side straight through its rounding.
 
     Args:
@@ -59,12 +59,12 @@ def dot_general(
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = (
         tuple(tuple(map(int, dims)) for dims in pair) for pair in dimension_numbers
     )
-    if isinstance(lhs, QArray) and isinstance(rhs, QArray):
-        raise NotImplementedError("both sides are quantized weights; dequantize one of them")
     try:
-        if isinstance(rhs, QArray):
+        if isinstance(rhs, QArray) and not isinstance(lhs, QArray):
             dims = Dims(lhs_contract, rhs_contract, lhs_batch, rhs_batch)
             return product(lhs, rhs, dims, preferred_element_type or lhs.dtype, shared)
+        if isinstance(rhs, QArray) or not isinstance(lhs, QArray):
+            raise NotImplementedError("dot_general: one side must be a QArray and the other a floating array")
         dims = Dims(rhs_contract, lhs_contract, rhs_batch, lhs_batch)
         result = product(rhs, lhs, dims, preferred_element_type or rhs.dtype, shared)
     except Unrepresentable as error:

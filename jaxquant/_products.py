@@ -1,23 +1,23 @@
 """Products of an activation and a quantized weight, for any grid against any contraction.
 
 Where the grid has several cells along a contracting dimension, the sum is blocked: a partial product for each cell,
-scaled, then added. Cells along every other dimension scale the result. So no float copy of a weight is made: codes enter
-the product in the dtype of x (integers of up to eight bits are exact in bfloat16 and float16), or stay integers when the
-activation is quantized too.
+scaled, then added. Cells along every other dimension scale the result. So no float copy of a weight is made: codes
+enter the product in the dtype of x (integers of up to eight bits are exact in bfloat16 and float16), or stay integers
+when the activation is quantized too.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxquant._activation import Dims, free_size, prepare, quantize_activation, to_x_dims
+from jaxquant._activation import Dims, free_size, padding, prepare, quantize_activation, to_x_dims
 from jaxquant._numerics import expand_grid
-from jaxquant._qarray import QArray, codes_of
+from jaxquant._qarray import QArray, codes_of, dequantize_array
 from jaxquant._qtypes import as_signed, decode_codes
 from jaxquant._views import Unrepresentable, packed_dim, refine, reshape, transpose, with_leading
 
@@ -69,14 +69,14 @@ def product(x: jax.Array, q: QArray, dims: Dims, dtype: jnp.dtype, shared: dict 
         raise Unrepresentable(why)
     ready, codes = _ready_activation(x, q, dims, {} if shared is None else shared)
     weight = bare(q)
-    result = contract(ready, weight, dims) if codes is None else _straight_through(ready, codes, weight, dims)
+    result: Any = contract(ready, weight, dims) if codes is None else _straight_through(ready, codes, weight, dims)
     return _finish(result, q, dims).astype(dtype)
 
 
 def _ready_activation(x: jax.Array, q: QArray, dims: Dims, shared: dict) -> tuple[jax.Array, QArray | None]:
-    """x with `pre_scale`, `perm` and padding applied, and its codes where the spec asks for them; once for each x."""
+    """Prepares x, and rounds it to codes where the spec asks for them: once for all weights that need the same."""
     leaves = (x, q.pre_scale, q.perm, q.act_scale, q.act_zero_point)
-    key = (*map(id, leaves), dims.x_contract, dims.x_batch, q.padded, q.activation)
+    key = (*map(id, leaves), dims.x_contract, dims.x_batch, padding(q, dims), q.activation)
     if key not in shared:
         ready = prepare(x, q, dims)
         codes = None
@@ -123,9 +123,9 @@ def _straight_through_jvp(dims: Dims, primals: tuple, tangents: tuple) -> tuple[
 def contract(x: jax.Array | QArray, w: QArray, dims: Dims) -> jax.Array:
     """Sums the product over the contracting dimensions, cell by cell.
 
-    Few rows are multiplied with all cells at once, as a batch; more rows than a cell has elements go through a scan over
-    the cells, so that the partial products never outgrow the weight. Where cells are so small that scaling x is less work
-    than scaling partial products, x is scaled.
+    Few rows are multiplied with all cells at once, as a batch; more rows than a cell has elements go through a scan
+    over the cells, so that the partial products never outgrow the weight. Where cells are so small that scaling x is
+    less work than scaling partial products, x is scaled.
 
     Args:
         x: floating or quantized activation, prepared.
@@ -141,7 +141,7 @@ def contract(x: jax.Array | QArray, w: QArray, dims: Dims) -> jax.Array:
         return _batched(x, w, dims, counts)
     try:
         if _folding_is_smaller(w, dims, counts):
-            return _folded(_float_values(x, jnp.float32) * x.scale if isinstance(x, QArray) else x, w, dims)
+            return _folded(dequantize_array(x) if isinstance(x, QArray) else x, w, dims)
         if free_size(x, dims) * counts[blocked] > w.shape[dims.w_contract[blocked]]:
             return scan_cells(contract, x, w, dims, blocked, counts[blocked])
     except Unrepresentable:  # cells of a table format that do not end on a byte
@@ -150,7 +150,7 @@ def contract(x: jax.Array | QArray, w: QArray, dims: Dims) -> jax.Array:
 
 
 def scan_cells(
-    step: Callable[[jax.Array | QArray, QArray, Dims], jax.Array],
+    step: Callable[..., jax.Array],
     x: jax.Array | QArray,
     w: QArray,
     dims: Dims,
@@ -193,7 +193,7 @@ def _as_unpadded(q: QArray) -> QArray:
 
 
 def _folding_is_smaller(w: QArray, dims: Dims, counts: list[int]) -> bool:
-    """Whether scaling x for each cell of the free dimensions makes less than a partial product for each cell summed over.
+    """Whether scaling x for each cell of the free dimensions is less than a partial product for each cell summed over.
 
     So it is where the scale lies along what is summed: a per-channel weight met from its output side.
     """
@@ -223,10 +223,9 @@ def _folded(x: jax.Array, w: QArray, dims: Dims) -> jax.Array:
 
 
 class _Side(NamedTuple):
-    """One factor of a blocked product: values, and the grids that turn them into what they stand for."""
+    """One factor of a blocked product: values, the zero points not yet subtracted, and the dimensions that pair."""
 
     values: jax.Array
-    scale: jax.Array | None
     zero_point: jax.Array | None
     contract: tuple[int, ...]
     batch: tuple[int, ...]
@@ -235,9 +234,8 @@ class _Side(NamedTuple):
 def _batched(x: jax.Array | QArray, w: QArray, dims: Dims, counts: list[int]) -> jax.Array:
     """One blocked product with the cells as batch dimensions."""
     x_values, x_zero, w_values, w_zero, accumulator = meet(x, w)
-    x_scale = x.scale if isinstance(x, QArray) else None
-    a = _Side(x_values, x_scale, x_zero, dims.x_contract, dims.x_batch)
-    b = _Side(w_values, w.scale, w_zero, dims.w_contract, dims.w_batch)
+    a = _Side(x_values, x_zero, dims.x_contract, dims.x_batch)
+    b = _Side(w_values, w_zero, dims.w_contract, dims.w_batch)
     partial = _cell_products(a, b, counts, accumulator)
     batch, cells = len(dims.x_batch), sum(count > 1 for count in counts)
     rows, columns = len(dims.x_free(x.ndim)), len(dims.w_free(w.ndim))
@@ -249,9 +247,9 @@ def _batched(x: jax.Array | QArray, w: QArray, dims: Dims, counts: list[int]) ->
         return grid.reshape(*grid.shape[: batch + cells], *([1] * rows), *grid.shape[batch + cells :])
 
     partial = _correct_zero_points(partial, a, b, counts, left, right).astype(jnp.float32)
-    scaled = partial * right(_canonical(b.scale, b, counts).astype(jnp.float32))
-    if a.scale is not None:
-        scaled = scaled * left(_canonical(a.scale, a, counts).astype(jnp.float32))
+    scaled = partial * right(_canonical(w.scale, b, counts).astype(jnp.float32))
+    if isinstance(x, QArray):
+        scaled = scaled * left(_canonical(x.scale, a, counts).astype(jnp.float32))
     return jnp.sum(scaled, axis=tuple(range(batch, batch + cells))) if cells else scaled
 
 
@@ -262,7 +260,7 @@ def meet(x: jax.Array | QArray, w: QArray) -> tuple:
         return x.astype(dtype), None, _float_values(w, dtype), None, _at_least_float32(dtype)
     if x.format.is_integer and w.format.is_integer and w.format.bits <= 8:
         return *_integer_values(x), *_integer_values(w), jnp.dtype(jnp.int32)
-    if x.format.kind == "float" and (w.format.kind == "float" or w.qtype in _EXACT_IN_FLOAT8):
+    if x.format.kind == "float" and (w.format.kind == "float" or (x.qtype, w.qtype) in _EXACT_IN_FLOAT8):
         dtype = x.format.code_dtype
         values = codes_of(w) if w.format.kind == "float" else _float_values(w, jnp.bfloat16).astype(dtype)
         return codes_of(x), None, values, None, jnp.dtype(jnp.float32)
@@ -275,7 +273,7 @@ def _at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
 
 
 # integers of magnitude up to 16 and the levels of E2M1 need no more than the four significant bits of e4m3
-_EXACT_IN_FLOAT8 = ("int2", "int3", "int4", "uint2", "uint3", "uint4", "mxfp4")
+_EXACT_IN_FLOAT8 = {("float8_e4m3fn", name) for name in ("int2", "int3", "int4", "uint2", "uint3", "uint4", "mxfp4")}
 
 
 def _float_values(q: QArray, dtype: jnp.dtype) -> jax.Array:
@@ -285,7 +283,7 @@ def _float_values(q: QArray, dtype: jnp.dtype) -> jax.Array:
 
 
 def _integer_values(q: QArray) -> tuple[jax.Array, jax.Array | None]:
-    """int8 values, and the zero point that is not yet subtracted from them: eight unsigned bits leave no room for it."""
+    """Values as int8, and a zero point still to subtract: eight unsigned bits leave no room for it."""
     codes = codes_of(q)
     if q.zero_point is None:
         return codes.astype(jnp.int8), None

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant._arguments import Form, split_arguments
-from jaxquant._execution import Execution, OnDense, Use, Weight, dense
+from jaxquant._execution import Execution, OnDense, Use
 from jaxquant._qarray import QArray
 from jaxquant._rules import assign
 from jaxquant._spec import QuantConfig
 from jaxquant._tree import is_quantized, named_leaves
+from jaxquant._weights import Weight, dense
 
 
 def quantized(fn: Callable[..., Any], on_dense: OnDense = "record") -> Callable[..., Any]:
@@ -22,8 +23,8 @@ def quantized(fn: Callable[..., Any], on_dense: OnDense = "record") -> Callable[
 
     The function is traced with float placeholders, so the model's own shape checks and dtype promotion behave, and its
     program is then evaluated with the quantized weights: products, lookups and convolutions multiply codes; views of a
-    weight stay quantized; jit, checkpoint, scan, while, cond, vmap and shard_map are gone through. Whatever else meets a
-    weight dequantizes it (see `explain`).
+    weight stay quantized; jit, checkpoint, scan, while, cond, vmap and shard_map are gone through. Whatever else meets
+    a weight dequantizes it (see `explain`).
 
     Args:
         fn: a linen `apply`, a function around an nnx split and merge, a Haiku apply, any function of arrays. Arguments
@@ -34,8 +35,8 @@ def quantized(fn: Callable[..., Any], on_dense: OnDense = "record") -> Callable[
         A function of the same signature; transform and jit it as any other.
 
     Raises:
-        ValueError: `on_dense` is unknown; when called: a QArray that the function never used, a weight sliced inside its
-            packed bytes, or a dense use under `on_dense="error"`. The message names the parameter and the remedy.
+        ValueError: `on_dense` is unknown; when called: a QArray that the function never used, a weight sliced inside
+            its packed bytes, or a dense use under `on_dense="error"`. The message names the parameter and the remedy.
 
     >>> from jaxquant._qarray import quantize_array
     >>> from jaxquant._spec import PRESETS
@@ -100,8 +101,8 @@ def _check_used(paths: list[str], uses: dict[tuple, Use], returned: set[str]) ->
     unused = [path for path in paths if path not in used]
     if unused:
         raise ValueError(
-            f"the function never used these quantized parameters: {', '.join(unused)}. Its parameters may be closed over"
-            " instead of passed: make them an argument of the function and use that; or pass only what it uses"
+            f"the function never used these quantized parameters: {', '.join(unused)}. Its parameters may be closed"
+            " over instead of passed: make them an argument of the function and use that; or pass only what it uses"
         )
 
 
@@ -110,7 +111,7 @@ class Explanation:
     """What becomes of each parameter in a program; print it.
 
     Attributes:
-        rows: for each quantized weight and way of using it: path, format, bits, shape, op, implementation, reason, uses.
+        rows: for each weight and way of using it: path, format, bits, shape, op, implementation, reason, uses.
         left: (path, dtype and shape, why) of each parameter left in float.
     """
 
@@ -157,8 +158,8 @@ def explain(fn: Callable[..., Any], *args: Any, config: QuantConfig | None = Non
         **kwargs: its keyword arguments.
 
     Returns:
-        A table to print: each weight with its format, bits an element, shape, op, implementation (a kernel's name, `xla`,
-        or `DENSE` and why) and number of uses; each float parameter and why it was left.
+        A table to print: each weight with its format, bits an element, shape, op, implementation (a kernel's name,
+        `xla`, or `DENSE` and why) and number of uses; each float parameter and why it was left.
 
     Raises:
         ValueError: the function never used a quantized parameter.
@@ -166,7 +167,8 @@ def explain(fn: Callable[..., Any], *args: Any, config: QuantConfig | None = Non
     >>> from jaxquant._qarray import quantize_array
     >>> from jaxquant._spec import PRESETS
     >>> w = quantize_array(jnp.ones((128, 16)), PRESETS["w4a16"])
-    >>> print(explain(lambda p, x: x @ p["kernel"] + p["bias"], {"kernel": w, "bias": jnp.ones(16)}, jnp.ones((2, 128))))
+    >>> params = {"kernel": w, "bias": jnp.ones(16)}
+    >>> print(explain(lambda p, x: x @ p["kernel"] + p["bias"], params, jnp.ones((2, 128))))
     parameter  format  bits  shape   op           implementation  uses
     kernel     int4    4.12  128x16  dot_general  xla             1
     <BLANKLINE>

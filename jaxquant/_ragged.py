@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxquant._activation import Dims, quantize_activation
 from jaxquant._products import bare, cell_counts, meet, scan_cells
 from jaxquant._qarray import QArray, pad_axis
+from jaxquant._spec import TensorSpec
 from jaxquant._views import packed_dim, refine
 
 _DIMS = Dims((1,), (1,))
@@ -33,7 +34,7 @@ def ragged_product(x: jax.Array, q: QArray, group_sizes: jax.Array, dtype: jnp.d
         x = jnp.take_along_axis(x, _of_row(q.perm, expert)[:, :, 0], axis=1, mode="clip")
     if packed_dim(q) == 1:
         x = pad_axis(x, -1, q.padded - q.shape[1])
-    inputs = x if q.activation is None else _round_rows(x, q, expert)
+    inputs = x if q.activation is None else _round_rows(x, q, q.activation, expert)
 
     def one_cell(x: jax.Array | QArray, w: QArray, _: Dims) -> jax.Array:
         return _ragged_cell(x, w, group_sizes, expert)
@@ -49,14 +50,14 @@ def _of_row(grid: jax.Array, expert: jax.Array) -> jax.Array:
     return grid if grid.shape[0] == 1 else grid[expert]
 
 
-def _round_rows(x: jax.Array, q: QArray, expert: jax.Array) -> QArray:
+def _round_rows(x: jax.Array, q: QArray, spec: TensorSpec, expert: jax.Array) -> QArray:
     if q.act_scale is None:
-        return quantize_activation(x, _DIMS, q.activation)
+        return quantize_activation(x, _DIMS, spec)
     rows = jnp.broadcast_to(_of_row(q.act_scale, expert), (x.shape[0], 1, 1))
     zeros = q.act_zero_point
     if zeros is not None:
         zeros = jnp.broadcast_to(_of_row(zeros, expert), (x.shape[0], 1, 1))
-    return quantize_activation(x, Dims((1,), (1,), (0,), (0,)), q.activation, rows, zeros)
+    return quantize_activation(x, Dims((1,), (1,), (0,), (0,)), spec, rows, zeros)
 
 
 def _ragged_cell(x: jax.Array | QArray, w: QArray, group_sizes: jax.Array, expert: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ QArray can stand for raises `Unrepresentable`.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,12 @@ import jax.numpy as jnp
 from jaxquant._qarray import QArray, codes_of
 
 GRIDS = ("scale", "zero_point", "pre_scale", "act_scale", "act_zero_point", "perm")
+
+
+_REMEDY = (
+    "slice another dimension, give the weight another axis with Rule(pattern, spec, axis=...), or leave it in float"
+    " with Rule(pattern, None)"
+)
 
 
 class Unrepresentable(Exception):
@@ -148,9 +155,8 @@ def _slice_packed(q: QArray, start: int, limit: int, stride: int) -> jax.Array:
     aligned = 8 // math.gcd(8, bits)
     if stride != 1 or start % aligned:
         raise ValueError(
-            f"slices [{start}:{limit}:{stride}] of dimension {dim}, along which {q.qtype} codes share bytes; a slice may"
-            f" start at multiples of {aligned} with stride 1: align it, slice another dimension, give the weight another"
-            " axis with Rule(pattern, spec, axis=...), or leave it in float with Rule(pattern, None)"
+            f"slices [{start}:{limit}:{stride}] of dimension {dim}, along which {q.qtype} codes share bytes; a slice"
+            f" may start at multiples of {aligned} with stride 1: {_REMEDY}"
         )
     bytes_ = _slice(q.qvalue, dim, start * bits // 8, min(-(-limit // 8) * bits + bits, q.qvalue.shape[dim]))
     wanted = -(-(limit - start) // 8) * bits
@@ -177,15 +183,14 @@ def dynamic_slice(q: QArray, starts: Sequence[jax.Array], sizes: Sequence[int]) 
             continue
         if dim == packed_dim(q):
             raise ValueError(
-                f"slices {size} of {q.shape[dim]} of dimension {dim} at a traced place, along which {q.qtype} codes share"
-                " bytes; slice another dimension, give the weight another axis with Rule(pattern, spec, axis=...), or"
-                " leave it in float with Rule(pattern, None)"
+                f"slices {size} of {q.shape[dim]} of dimension {dim} at a traced place, along which {q.qtype} codes"
+                f" share bytes: {_REMEDY}"
             )
         q = _map_dim(q, dim, lambda x, d=dim, s=start, n=size: jax.lax.dynamic_slice_in_dim(x, s, n, axis=d), size)
     return q
 
 
-def take(q: QArray, indices: jax.Array, dim: int, mode: str | jax.lax.GatherScatterMode = "fill") -> QArray:
+def take(q: QArray, indices: jax.Array, dim: int, mode: Any = "fill") -> QArray:
     """Gathers along dimension `dim`, which the dimensions of `indices` replace; negative indices are out of range.
 
     Out-of-range indices give what `mode` says: filled scales are NaN.
