@@ -4,8 +4,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-import pytest
 from flax import nnx
+from mamba2_jax import modeling
 
 from jaxquant._quantize import dequantize, quantize
 from jaxquant._quantized import explain, quantized
@@ -41,7 +41,6 @@ def test_gemma(gemma, lenient_jax, rng):
 
 
 def test_mamba2(lenient_jax, rng):
-    modeling = pytest.importorskip("mamba2_jax.modeling")
     config = modeling.Mamba2Config(
         vocab_size=48, hidden_size=32, state_size=16, head_dim=16, chunk_size=4, num_hidden_layers=2
     )
