@@ -51,8 +51,8 @@ def quantize_keys_mosaic_gpu(k: jax.Array, dtype: jnp.dtype, block: int, lengths
             shared((block, head_dim), dtype),
             plgpu.Barrier(),
         ],
-        grid=(tiles, heads, batch),
-        grid_names=("tile", "head", "batch"),
+        grid=(heads, tiles, batch),  # heads first: neighbours in memory are read together
+        grid_names=("head", "tile", "batch"),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     return Keys(*call(k, mean, _all_lengths(lengths, batch, tokens)))
@@ -71,8 +71,8 @@ def quantize_values_mosaic_gpu(v: jax.Array, dtype: jnp.dtype, block: int, lengt
             shared((head_dim, block), dtype, columns=CHUNK),
             plgpu.Barrier(),
         ],
-        grid=(tiles, heads, batch),
-        grid_names=("tile", "head", "batch"),
+        grid=(heads, tiles, batch),  # heads first: neighbours in memory are read together
+        grid_names=("head", "tile", "batch"),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     return Values(call(v, absmax, _all_lengths(lengths, batch, tokens)), absmax * (1 / LARGEST_CODE[dtype]))
