@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxquant._arguments import Form, split_arguments
 from jaxquant._execution import Execution, OnDense, Use
 from jaxquant._qarray import QArray
-from jaxquant._rules import assign
+from jaxquant._rules import NO_RULE, Assignment, assign
 from jaxquant._spec import QuantConfig
 from jaxquant._tree import is_quantized, named_leaves
 from jaxquant._weights import Weight, dense
@@ -202,12 +202,17 @@ def _left_in_float(args: tuple, kwargs: dict, config: QuantConfig | None) -> lis
         if not any(is_quantized(leaf) for _, leaf in leaves):
             continue
         arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, "dtype")]
-        reasons = assign(dict(arrays), config or QuantConfig())
+        chosen = assign(dict(arrays), config or QuantConfig())
         for path, leaf in arrays:
             if not is_quantized(leaf):
                 name = f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
-                chosen = reasons[path]
-                left.append(
-                    (path, name, chosen.reason if chosen.spec is None else "quantize has not been applied to it")
-                )
+                left.append((path, name, _why_left(chosen[path], config)))
     return left
+
+
+def _why_left(chosen: Assignment, config: QuantConfig | None) -> str:
+    if chosen.spec is not None:
+        return "the configuration asks for it: quantize has not been applied"
+    if config is None and chosen.reason == NO_RULE:
+        return "give explain the config to learn why"
+    return chosen.reason

@@ -16,6 +16,7 @@ MAX_WINDOW = 16  # of a convolution not known by its name
 
 # Below this many elements a sum is no matrix product worth quantizing: depthwise kernels, mixing vectors.
 LEAST_CONTRACTION = 16
+NO_RULE = "no rule speaks of it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _assign_leaf(path: str, leaf: Any, config: QuantConfig, axis_of: Callable[[s
     if skip is not None:
         return dataclasses.replace(left, reason=f"left by default ({skip!r})")
     if config.default is None:
-        return dataclasses.replace(left, reason="no rule speaks of it")
+        return dataclasses.replace(left, reason=NO_RULE)
     axis = axis_of(path)
     if (length := math.prod(shape[a] for a in axis)) < LEAST_CONTRACTION:
         return dataclasses.replace(left, reason=f"sums over {length} elements only: scales would outweigh codes")
