@@ -266,9 +266,14 @@ def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: T
 
 
 def search_shrink(
-    x: jax.Array, low: jax.Array, high: jax.Array, spec: TensorSpec, weight: jax.Array | None = None
+    x: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    spec: TensorSpec,
+    weight: jax.Array | None = None,
+    norm: float = ERROR_NORM,
 ) -> jax.Array:
-    """Searches the shrink of each cell's range that gives the least weighted |error|^2.4.
+    """Searches the shrink of each cell's range that gives the least weighted |error|^norm.
 
     Args:
         x: float32 values.
@@ -276,6 +281,7 @@ def search_shrink(
         high: greatest value of each cell.
         spec: the format and grid.
         weight: importance of each element, broadcastable to `x`, or None for equal.
+        norm: the power of the error.
 
     Returns:
         float32 grid of factors in (0.2, 1].
@@ -291,7 +297,7 @@ def search_shrink(
         factor = 1.0 - SHRINK_STEP * step.astype(jnp.float32)
         scale, zero_point = range_to_scale(low * factor, high * factor, spec)
         codes = encode(x, scale, zero_point, spec)
-        error = (jnp.abs(decode(codes, scale, zero_point, spec) - x) / width) ** ERROR_NORM
+        error = (jnp.abs(decode(codes, scale, zero_point, spec) - x) / width) ** norm
         total = reduce_cells(jnp.sum, error if weight is None else error * weight, low.shape)
         better = total < least
         return (jnp.where(better, factor, shrink), jnp.where(better, total, least)), None

@@ -172,7 +172,7 @@ def find_cells(
         grid: cells of `w`.
         spec: its `range` and `grid` decide.
         clip: factors that narrow each range, or None.
-        importance: [k] weight of each row's error in a range search, or None for equal.
+        importance: [k] weight of each row's squared error in a range search; None takes the reference |error|^2.4.
 
     Returns:
         (scale, zero point or None), grids.
@@ -181,8 +181,10 @@ def find_cells(
     if clip is not None:
         low, high = low * clip, high * clip
     if spec.range == "mse":
-        rows = None if importance is None else jax.lax.expand_dims(importance, [1])
-        shrink = search_shrink(w, low, high, spec, rows)
+        if importance is None:
+            shrink = search_shrink(w, low, high, spec)
+        else:
+            shrink = search_shrink(w, low, high, spec, jax.lax.expand_dims(importance, [1]), norm=2.0)
         low, high = low * shrink, high * shrink
     return range_to_scale(low, high, spec)
 

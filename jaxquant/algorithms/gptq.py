@@ -6,7 +6,8 @@ Differs from the paper in:
 2. With fresh scales, `act_order` sorts whole groups, and channels within their group, so that groups stay together.
    `scales="static"` sorts all channels and takes scales from the original weights, as the reference code's
    `--act-order --static-groups`.
-3. The range search weighs each channel's error by the objective's own 1 / U_kk^2.
+3. The range search takes squared errors weighted by 1 / U_kk^2, which is what they add to the objective; the reference
+   code takes |error|^2.4 unweighted.
 4. `rounds` of coordinate descent on the codes, each with the scales refitted in closed form, follow.
 5. Corrections come from the factor of H and not of H^-1: with H = R R^T and U = R^-1, the corrections that earlier
    blocks owe to a block are U_bb^T R_:b^T D. The iterates are the same, and the inverse of a K x K matrix is saved.
