@@ -10,10 +10,10 @@ import jax
 
 from jaxquant._arguments import Form, split_arguments
 from jaxquant._infer import infer_axes
-from jaxquant._observe import Observation, Observer, Watch
+from jaxquant._observe import Observation, Observer, Watch, merge_stacks
 from jaxquant._rules import Assignment, assign
 from jaxquant._spec import QuantConfig
-from jaxquant._statistics import Statistics, merge_statistics
+from jaxquant._statistics import FLOAT_NEEDS, Statistics
 from jaxquant._tracking import track
 from jaxquant._tree import named_leaves
 from jaxquant.algorithms._apply import needed_statistics
@@ -63,13 +63,7 @@ jax.tree_util.register_pytree_node(Calibration, _flatten, lambda axes, children:
 
 @jax.jit
 def _merge(held: dict[str, Statistics], new: dict[str, Statistics]) -> dict[str, Statistics]:
-    def one(path: str) -> Statistics:
-        merge = merge_statistics
-        for _ in range(held[path].count.ndim):
-            merge = jax.vmap(merge)
-        return merge(held[path], new[path])
-
-    return {path: one(path) for path in held}
+    return {path: merge_stacks(held[path], new[path]) for path in held}
 
 
 def calibrate(apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any], config: QuantConfig) -> Calibration:
@@ -107,6 +101,12 @@ def calibrate(apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any],
         raise ValueError("calibrate: batches is empty; give at least one calibration batch")
     axes = infer_axes(apply_fn, params, *arguments_of(first))
     watches = plan_watches(assign(params, config, axes), params, config)
+    for path, watch in watches.items():
+        if watch.needs & FLOAT_NEEDS:
+            raise ValueError(
+                f"calibrate: {config.algorithm.name!r} for {path} compares the quantized model with the float one, which is"
+                " all there is here; give quantize(...) apply_fn and batches"
+            )
     statistics = gather_statistics(apply_fn, params, itertools.chain([first], batches), watches)
     check_reached(watches, statistics)
     return Calibration(statistics, {path: watch.axis for path, watch in watches.items()})

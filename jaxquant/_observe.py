@@ -157,10 +157,7 @@ class Observer(Tracker):
             raise NotImplementedError(
                 "a parameter is used both as a stack of matrices and as one; leave it with Rule(path, None)"
             )
-        merge = merge_statistics
-        for _ in held.lead:
-            merge = jax.vmap(merge)
-        return Observation(merge(held.stats, new.stats), held.lead, held.scans)
+        return Observation(merge_stacks(held.stats, new.stats), held.lead, held.scans)
 
     def pool(self, emitted: dict[str, Observation], scan: tuple) -> dict[str, Observation]:
         """A parameter that the scan sliced gets its leading dimension back; one used in each step pools over steps."""
@@ -181,6 +178,14 @@ class Observer(Tracker):
     def blank(self, emitted: Observation) -> Observation:
         """The statistics of no token."""
         return dataclasses.replace(emitted, stats=_nothing(emitted.stats))
+
+
+def merge_stacks(a: Statistics, b: Statistics) -> Statistics:
+    """Joins the statistics of two sets of tokens, matrix by matrix of a stack."""
+    merge = merge_statistics
+    for _ in range(a.count.ndim):
+        merge = jax.vmap(merge)
+    return merge(a, b)
 
 
 def _nothing(form: Statistics) -> Statistics:
@@ -224,13 +229,15 @@ def add_statistics(
         reading: how inputs become rows.
         inputs: of the product.
         float_inputs: what the float model has there, where cross statistics are gathered.
-        residual: [T, N] what the outputs should make up for, where that is gathered.
+        residual: [T, N] what the outputs should make up for, where that is gathered; None is nothing.
 
     Returns:
         The new statistics.
     """
     rows, weights = reading.rows(*inputs)
     beside = None if float_inputs is None else reading.rows(*float_inputs)[0]
+    if residual is None and stats.residual is not None:
+        residual = jnp.zeros((rows.shape[-2], stats.residual.shape[-1]), rows.dtype)
 
     def update(stats, rows, weights, beside):
         return update_statistics(stats, rows, weights=weights, x_float=beside, residual=residual)

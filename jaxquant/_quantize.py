@@ -10,11 +10,16 @@ import jax
 from jaxquant._calibrate import Calibration, arguments_of, check_reached, gather_statistics, plan_watches
 from jaxquant._calibrated import not_finite, quantize_calibrated
 from jaxquant._infer import infer_axes
+from jaxquant._lazy import load_leaf
 from jaxquant._numerics import all_finite
+from jaxquant._observe import Watch
+from jaxquant._outliers import OutlierArray
 from jaxquant._qarray import QArray, dequantize_array, quantize_array
 from jaxquant._report import WeightReport, show_progress
 from jaxquant._rules import Assignment, assign
+from jaxquant._sequential import abstract_tree, walk_model
 from jaxquant._spec import QuantConfig, QuantSpec
+from jaxquant._statistics import FLOAT_NEEDS, Statistics
 from jaxquant._tree import is_quantized, map_named, named_leaves
 
 
@@ -25,6 +30,8 @@ def quantize(
     apply_fn: Callable[..., Any] | None = None,
     batches: Iterable[Any] | None = None,
     stats: Calibration | None = None,
+    sequential: bool | None = None,
+    offload: bool = False,
     unseen: Literal["error", "rtn"] = "error",
     report: Callable[[WeightReport], Any] | None = None,
 ) -> Any:
@@ -43,6 +50,10 @@ def quantize(
         apply_fn: the float model, called `apply_fn(params, batch)`, or `apply_fn(params, *batch)` for a tuple.
         batches: calibration inputs.
         stats: what `calibrate` returned for this configuration, instead of the two above.
+        sequential: True quantizes each weight from inputs that the quantized layers before it made, in one pass over
+            the model; False from the float model's inputs, in one program; None takes True where the algorithm
+            compensates for its inputs' deviation, which False cannot.
+        offload: a sequential pass keeps activations in the host's memory.
         unseen: what becomes of an expert that no calibration token reached: an error, or round-to-nearest with a note
             in the report.
         report: called with a `WeightReport` for each calibrated weight as it is finished; a `Report` collects them.
@@ -66,30 +77,58 @@ def quantize(
     if unseen not in ("error", "rtn"):
         raise ValueError(f"quantize: unseen={unseen!r}; accepted: 'error', 'rtn'")
     first, batches = _peek(batches)
-    axes = stats.axes if stats is not None else _axes(apply_fn, params, first)
+    axes = stats.axes if stats is not None else _axes(apply_fn, abstract_tree(params), first)
     assignments = assign(params, config, axes)
     for path, leaf in named_leaves(params):
         _check_fits(path, leaf, assignments[path])
     watches = plan_watches(assignments, params, config)
-    statistics = {}
-    if watches and stats is not None:
-        statistics = stats.statistics
+    if watches and stats is None and (apply_fn is None or first is None):
+        raise _missing_data(next(iter(watches)), config)
+    walked = _walks(sequential, watches, stats)
+    emit = _listener(report, sum(chosen.spec is not None for chosen in assignments.values()))
+
+    def calibrated(path: str, leaf: Any, seen: Statistics | None, name: str) -> QArray | OutlierArray:
+        return quantize_calibrated(name, leaf, assignments[path], config.algorithm, seen, unseen, emit)
+
+    statistics, finished = {}, {}
+    if walked:
+        finished = walk_model(
+            apply_fn,
+            params,
+            batches,
+            watches,
+            lambda unit, w, seen: calibrated(unit.path, w, seen, str(unit)),
+            offload=offload,
+        )
     elif watches:
-        if apply_fn is None or first is None:
-            raise _missing_data(next(iter(watches)), config)
-        statistics = gather_statistics(apply_fn, params, batches, watches)
-    check_reached(watches, statistics)
+        statistics = stats.statistics if stats else gather_statistics(apply_fn, params, batches, watches)
+        check_reached(watches, statistics)
 
     def quantize_leaf(path: str, leaf: Any) -> Any:
         chosen = assignments[path]
         if chosen.spec is None:
             return leaf
+        if path in finished:
+            return finished.pop(path)
         if config.algorithm is None and path not in watches:
-            return _round_to_nearest(path, leaf, chosen.spec, chosen.axis)
-        return quantize_calibrated(path, leaf, chosen, config.algorithm, statistics.get(path), unseen, emit)
+            return _round_to_nearest(path, load_leaf(leaf), chosen.spec, chosen.axis)
+        return calibrated(path, load_leaf(leaf), statistics.get(path), path)
 
-    emit = _listener(report, sum(chosen.spec is not None for chosen in assignments.values()))
     return map_named(quantize_leaf, params)
+
+
+def _walks(sequential: bool | None, watches: Mapping[str, Watch], stats: Calibration | None) -> bool:
+    """Whether to walk; an algorithm that compares two models must."""
+    compared = [path for path, watch in watches.items() if watch.needs & FLOAT_NEEDS]
+    if compared and (sequential is False or stats is not None):
+        given = "stats" if stats is not None else "sequential=False"
+        raise ValueError(
+            f"quantize: the algorithm for {compared[0]} compares the quantized model's activations with the float one's;"
+            f" {given} gives only these: give apply_fn and batches, and leave sequential out"
+        )
+    if sequential and stats is not None:
+        raise ValueError("quantize: sequential=True gathers its own statistics; give apply_fn and batches, not stats")
+    return bool(watches) and (bool(compared) if sequential is None else sequential)
 
 
 def _peek(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any]]:

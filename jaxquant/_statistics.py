@@ -15,6 +15,7 @@ MOMENTUM = 0.9  # of the moving average of ranges, per batch (Krishnamoorthi 201
 
 # What an algorithm may ask for.
 NEEDS = ("absmax", "mean_abs", "range", "moving_average", "histogram", "samples", "hessian", "cross", "residual")
+FLOAT_NEEDS = frozenset({"cross", "residual"})  # of these, what compares with the float model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,375 @@
+"""The one-pass, true-sequential walk: each weight is quantized when its products are reached.
+
+A flat program is evaluated once, with all calibration batches side by side (*lanes*). Nothing is computed before it is
+needed: at a product with a watched weight, the equations its input depends on become one jitted *segment*, run for each
+batch, in which the weights met before are quantized already. The inputs yield the statistics, the weight is quantized,
+and its product waits for the next segment. Segments are cached by their printed form, so that layers alike compile
+once. Where an algorithm compares with the float model, a second stream of lanes keeps the float weights.
+
+Values are dropped once nothing needs them; with `offload` they wait in the host's memory.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from jaxquant import _views
+from jaxquant._execution import Execution, Weight, dense
+from jaxquant._interpreter import Frame, Region, bind
+from jaxquant._lazy import load_leaf
+from jaxquant._observe import Observer, Watch, add_statistics, empty_statistics, merge_stacks
+from jaxquant._outliers import OutlierArray
+from jaxquant._plan import Meet, Plan, Unit
+from jaxquant._statistics import FLOAT_NEEDS, Statistics
+from jaxquant._tree import is_quantized
+
+COMMON, WEIGHT, LANE = range(3)  # what a variable depends on: parameters only; a unit too; a batch too
+QUANTIZED, FLOAT = range(2)  # streams
+Lanes = list[list[Any]]  # values by stream (quantized, float) and batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a walk starts from.
+
+    Attributes:
+        parameters: the leaves that the program's first inputs stand for, by path.
+        batches: the other inputs, by batch.
+        offload: whether activations wait in the host's memory.
+    """
+
+    parameters: Mapping[str, Any]
+    batches: Sequence[Sequence[Any]]
+    offload: bool = False
+
+
+class Walk:
+    """One evaluation of a flat program; `run` gives the quantized units.
+
+    Attributes:
+        compiled: how many different segments there were.
+    """
+
+    def __init__(
+        self,
+        flat: core.ClosedJaxpr,
+        plan: Plan,
+        watches: Mapping[str, Watch],
+        inputs: Inputs,
+        quantize_unit: Callable[[Unit, Any, Statistics], Any],
+    ) -> None:
+        """Takes the program, where it meets weights, what it starts from, and what quantizes a unit."""
+        self.body, self.plan, self.watches, self.inputs = flat.jaxpr, plan, watches, inputs
+        self.quantize_unit = quantize_unit
+        self.frame = Frame(self.body, Region(), ())
+        self.streams = 2 if any(watch.needs & FLOAT_NEEDS for watch in watches.values()) else 1
+        self.makers = {var: number for number, eqn in enumerate(self.body.eqns) for var in eqn.outvars}
+        self.common: dict[core.Var, Any] = dict(zip(self.body.constvars, flat.consts, strict=True))
+        self.leaves = dict(zip(self.body.invars, inputs.parameters.values(), strict=False))
+        self.lanes: dict[core.Var, Lanes] = {}
+        for place, var in enumerate(self.body.invars[len(inputs.parameters) :]):
+            self.lanes[var] = [[batch[place] for batch in inputs.batches]] * self.streams
+        self.kinds = self._classify()
+        self.pending = self._count_readers()
+        self.left = _count([unit for meet in plan.meets for unit in meet.units])
+        self.floats: dict[Unit, jax.Array] = {}
+        self.statistics: dict[Unit, Statistics] = {}
+        self.done: dict[Unit, Any] = {}
+        self.segments: dict[str, Callable] = {}
+        self.updates: dict[Any, Callable] = {}
+        self.last: tuple[Any, Statistics] | None = None
+
+    @property
+    def compiled(self) -> int:
+        """How many different segments there were."""
+        return len(self.segments)
+
+    def run(self) -> dict[Unit, Any]:
+        """Walks to the last product."""
+        for meet in self.plan.meets:
+            targets = self.targets(meet)
+            self.materialize(targets)
+            for unit, seen in self.observe(meet).items():
+                held = self.statistics.get(unit)
+                self.statistics[unit] = seen if held is None else merge_stacks(held, seen)
+            for unit in meet.units:
+                self.left[unit] -= 1
+                if not self.left[unit] and unit in self.statistics:
+                    weight = self.float_unit(unit)
+                    self.done[unit] = self.quantize_unit(unit, weight, self.statistics.pop(unit))
+            self._release(targets)
+        return self.done
+
+    def targets(self, meet: Meet) -> list[core.Var]:
+        """What a meet reads."""
+        stream = [meet.stream] if meet.stream is not None and self._needs(meet, "residual") else []
+        return [*meet.inputs, *stream]
+
+    def _needs(self, meet: Meet, need: str) -> bool:
+        return meet.reading is not None and need in meet.reading.watch.needs
+
+    def _classify(self) -> dict[core.Var, int]:
+        """What each variable depends on."""
+        kinds = dict.fromkeys([*self.body.constvars, *self.leaves], COMMON) | dict.fromkeys(self.lanes, LANE)
+        kinds |= dict.fromkeys(self.plan.born, WEIGHT)
+        for eqn in self.body.eqns:
+            held = [kinds[atom] for atom in eqn.invars if not isinstance(atom, core.Literal)]
+            for var in eqn.outvars:
+                kinds[var] = WEIGHT if var in self.plan.born else max(held, default=COMMON)
+        return kinds
+
+    def _count_readers(self) -> dict[core.Var, int]:
+        """How many equations and meets that matter will still read each variable."""
+        targets = [var for meet in self.plan.meets for var in set(self.targets(meet))]
+        useful = self.slice_to(targets)
+        read = [atom for n in useful for atom in set(_variables(self.body.eqns[n]))]
+        return _count([*read, *targets])
+
+    def slice_to(self, targets: Sequence[core.Var]) -> list[int]:
+        """Numbers of the equations not yet evaluated that lead to variables, in order."""
+        found, todo = set(), list(targets)
+        while todo:
+            var = todo.pop()
+            number = self.makers.get(var)
+            if var in self.common or var in self.lanes or var in self.plan.born or number is None or number in found:
+                continue
+            found.add(number)
+            todo += _variables(self.body.eqns[number])
+        return sorted(found)
+
+    def materialize(self, targets: Sequence[core.Var]) -> None:
+        """Evaluates what leads to variables: what batches share once, the rest for each batch in one segment."""
+        numbers = self.slice_to(targets)
+        for number in numbers:
+            eqn = self.body.eqns[number]
+            if self.kinds[eqn.outvars[0]] == COMMON:
+                outs = bind(self.frame, eqn, [self.read_common(atom) for atom in eqn.invars])
+                self.common.update(zip(eqn.outvars, outs, strict=True))
+                self._release(_variables(eqn))
+        eqns = [self.body.eqns[n] for n in numbers if self.kinds[self.body.eqns[n].outvars[0]] != COMMON]
+        if eqns:
+            self.run_segment(eqns, targets)
+
+    def read_common(self, atom: core.Var | core.Literal) -> Any:
+        """A value that all batches share; a parameter is loaded when it is first read."""
+        if isinstance(atom, core.Literal):
+            return atom.val
+        if atom not in self.common:
+            self.common[atom] = jnp.asarray(load_leaf(self.leaves[atom]))
+        return self.common[atom]
+
+    def run_segment(self, eqns: list[core.JaxprEqn], targets: Sequence[core.Var]) -> None:
+        """Runs equations as one program for each stream and batch, and keeps what is needed later."""
+        made = {var for eqn in eqns for var in eqn.outvars}
+        read = dict.fromkeys(atom for eqn in eqns for atom in _variables(eqn) if atom not in made)
+        evaluated = [eqn for eqn in eqns if self.kinds[eqn.outvars[0]] == LANE]
+        inside = _count([atom for eqn in evaluated for atom in set(_variables(eqn))])
+        lane_vars = [var for eqn in evaluated for var in eqn.outvars]
+        outs = [var for var in lane_vars if var in targets or self.pending.get(var, 0) > inside.get(var, 0)]
+        segment, order = self.segment(eqns, list(read), outs)
+        for var in outs:
+            self.lanes[var] = [[] for _ in range(self.streams)]
+        for stream in range(self.streams):
+            weights = [self.weight(var, stream) for var in order[WEIGHT]]
+            common = [self.read_common(var) for var in order[COMMON]]
+            for place in range(len(self.inputs.batches)):
+                values = segment(weights, common, [self.lanes[var][stream][place] for var in order[LANE]])
+                values = jax.device_get(values) if self.inputs.offload else values
+                for var, value in zip(outs, values, strict=True):
+                    self.lanes[var][stream].append(value)
+        for eqn in evaluated:
+            self._release(_variables(eqn))
+        self.floats = {unit: w for unit, w in self.floats.items() if unit not in self.done}
+
+    def segment(
+        self, eqns: list[core.JaxprEqn], read: list[core.Var], outs: list[core.Var]
+    ) -> tuple[Callable, list[list[core.Var]]]:
+        """The jitted form of equations, and the variables it reads by kind."""
+        order = [[var for var in read if self.kinds[var] == kind] for kind in (COMMON, WEIGHT, LANE)]
+        invars = [var for kind in (WEIGHT, COMMON, LANE) for var in order[kind]]
+        effects = frozenset().union(*(eqn.effects for eqn in eqns))
+        body = self.body.replace(constvars=[], invars=invars, outvars=outs, eqns=eqns, effects=effects)
+        key = f"{[len(vars) for vars in order]} {body} {_nested_constants(eqns)}"
+        if key not in self.segments:
+            self.segments[key] = jax.jit(lambda *values: _execute(body, *values))
+        return self.segments[key], order
+
+    def weight(self, var: core.Var, stream: int) -> Any:
+        """A unit as the segment's variable holds it: quantized once it is finished, in the first stream."""
+        born = self.plan.born[var]
+        dims = [place for place, own in enumerate(born.dims) if own is None]
+        value = self.done.get(born.unit) if stream == QUANTIZED else None
+        if value is None:
+            return jnp.expand_dims(self.float_unit(born.unit), dims).astype(var.aval.dtype)
+        value = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, dims), value)
+        return _with_dtype(value, var.aval.dtype)
+
+    def float_unit(self, unit: Unit) -> jax.Array:
+        """The float weight of a unit, loaded when it is first needed."""
+        if unit not in self.floats:
+            leaf, picked = load_leaf(self.inputs.parameters[unit.path]), dict(unit.index)
+            self.floats[unit] = jnp.asarray(leaf[tuple(picked.get(d, slice(None)) for d in range(-leaf.ndim, 0))])
+        return self.floats[unit]
+
+    def value(self, var: core.Var, stream: int, place: int) -> Any:
+        """What a batch has in a variable."""
+        return self.lanes[var][stream][place] if var in self.lanes else self.read_common(var)
+
+    def observe(self, meet: Meet) -> dict[Unit, Statistics]:
+        """The statistics of a meet over all batches; products that share an input share them."""
+        if meet.reading is None:
+            return self.observe_branch(meet)
+        (unit,), stream = meet.units, meet.stream if self._needs(meet, "residual") else None
+        key = (meet.reading.key, meet.inputs, stream, self._outputs(meet))
+        if self.last is None or self.last[0] != key:
+            self.last = key, self.gather(meet, stream)
+        return {unit: self.last[1]}
+
+    def _outputs(self, meet: Meet) -> int:
+        """N where the statistics depend on it, else 0."""
+        if meet.reading is None or not self._needs(meet, "residual"):
+            return 0
+        watch, picked = meet.reading.watch, dict(meet.units[0].index)
+        rest = [own for own in range(-len(watch.shape), 0) if own not in (*watch.axis, *meet.reading.lead, *picked)]
+        return math.prod(watch.shape[own] for own in rest)
+
+    def gather(self, meet: Meet, stream: core.Var | None) -> Statistics:
+        """Adds what a product reads, batch by batch."""
+        reading, crossed = meet.reading, self._needs(meet, "cross")
+        update = self.updates.setdefault(
+            reading.key,
+            jax.jit(lambda stats, *inputs: add_statistics(stats, reading, *inputs), donate_argnums=0),
+        )
+        stats = empty_statistics(reading, self._outputs(meet))
+        for place in range(len(self.inputs.batches)):
+            inputs, beside = ([self.value(var, s, place) for var in meet.inputs] for s in (0, self.streams - 1))
+            owed = None
+            if stream is not None:
+                owed = self.value(stream, FLOAT, place) - self.value(stream, QUANTIZED, place)
+                owed = owed.reshape(-1, stats.residual.shape[-1])
+            stats = update(stats, inputs, beside if crossed else None, owed)
+        return stats
+
+    def observe_branch(self, meet: Meet) -> dict[Unit, Statistics]:
+        """The statistics of all weights that the branches of a `cond` use, gathered as one traced program."""
+        eqn = self.body.eqns[meet.number]
+        owners = {var: dataclasses.replace(held, path=str(n), picked=(), indices=(), scans=())
+                  for n, (var, held) in enumerate(meet.owners)}  # fmt: skip
+        watches = {str(n): self.watches[unit.path] for n, unit in enumerate(meet.units)}
+        weights = [self.owner(var) for var in owners]
+        read = list(dict.fromkeys(_variables(eqn)))
+        body = self.body.replace(constvars=[], invars=read, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
+
+        def observe(weights: list, others: list) -> dict:
+            held, rest = dict(zip(owners, weights, strict=True)), iter(others)
+            values = [
+                dataclasses.replace(owners[var], array=held[var]) if var in owners else next(rest) for var in read
+            ]
+            return Observer(watches).run(core.ClosedJaxpr(body, []), values)[1]
+
+        shapes = [(held.dims, watch) for held, watch in zip(owners.values(), watches.values(), strict=True)]
+        key = ("branch", str(body), str(_nested_constants([eqn])), str(shapes))
+        update = self.updates.setdefault(key, jax.jit(observe))
+        total: dict[Unit, Statistics] = {}
+        for place in range(len(self.inputs.batches)):
+            seen = update(weights, [self.value(var, 0, place) for var in read if var not in owners])
+            for name, observation in seen.items():
+                unit = meet.units[int(name)]
+                total[unit] = merge_stacks(total[unit], observation.stats) if unit in total else observation.stats
+        return total
+
+    def owner(self, var: core.Var) -> jax.Array:
+        """The float value of a variable that depends on a unit only."""
+        if var in self.plan.born:
+            return self.weight(var, FLOAT)
+        eqn = self.body.eqns[self.makers[var]]
+        values = [
+            self.owner(atom)
+            if not isinstance(atom, core.Literal) and self.kinds[atom] == WEIGHT
+            else self.read_common(atom)
+            for atom in eqn.invars
+        ]
+        return bind(self.frame, eqn, values)[eqn.outvars.index(var)]
+
+    def _release(self, read: Sequence[core.Var]) -> None:
+        """Drops values that nothing needs any more."""
+        for var in set(read):
+            self.pending[var] -= 1
+            if self.pending[var] <= 0:
+                self.lanes.pop(var, None)
+                self.common.pop(var, None)
+
+
+def _execute(body: core.Jaxpr, weights: list, common: list, lanes: list) -> list:
+    """Evaluates a segment in which some weights are quantized."""
+    run = Execution()
+    values = [Weight(w, "weight") if is_quantized(w) else w for w in weights]
+    outs = run.evaluate(core.ClosedJaxpr(body, []), [*values, *common, *lanes], Region())
+    return [dense(out) if run.is_special(out) else out for out in outs]
+
+
+def _variables(eqn: core.JaxprEqn) -> list[core.Var]:
+    """What an equation reads, without literals."""
+    return [atom for atom in eqn.invars if not isinstance(atom, core.Literal)]
+
+
+def _count(items: Iterable[Any]) -> dict[Any, int]:
+    return dict(Counter(items))
+
+
+def _nested_constants(value: Any) -> list[int]:
+    """Identities of the constants inside equations, which their printed form does not show."""
+    if isinstance(value, core.ClosedJaxpr):
+        return [*map(id, value.consts), *_nested_constants(value.jaxpr.eqns)]
+    if isinstance(value, core.Jaxpr):
+        return _nested_constants(value.eqns)
+    if isinstance(value, core.JaxprEqn):
+        held = [id(atom.val) for atom in value.invars if isinstance(atom, core.Literal) and np.ndim(atom.val)]
+        return held + _nested_constants(list(value.params.values()))
+    return [found for part in value for found in _nested_constants(part)] if isinstance(value, list | tuple) else []
+
+
+def _with_dtype(w: Any, dtype: Any) -> Any:
+    """A quantized weight of another logical dtype."""
+    if isinstance(w, OutlierArray):
+        return OutlierArray(_views.astype(w.base, dtype), w.rows.astype(dtype), w.index)
+    return _views.astype(w, dtype)
+
+
+def stack_units(done: Mapping[Unit, Any], path: str, shape: tuple[int, ...]) -> Any:
+    """Puts the quantized layers of a parameter back together.
+
+    Args:
+        done: quantized units.
+        path: the parameter.
+        shape: its shape.
+
+    Returns:
+        The quantized parameter.
+
+    Raises:
+        ValueError: no product reached some of its layers.
+    """
+    parts = {unit.index: value for unit, value in done.items() if unit.path == path}
+    if () in parts:
+        return parts[()]
+    owns = [own for own, _ in next(iter(parts))]
+    sizes = [shape[own] for own in owns]
+    order = [tuple(zip(owns, index, strict=True)) for index in np.ndindex(*sizes)]
+    missing = [index for index in order if index not in parts]
+    if missing or owns != list(range(-len(shape), len(owns) - len(shape))):
+        places = ", ".join(str([i for _, i in index]) for index in missing[:5]) or f"along axes {owns}"
+        raise ValueError(
+            f"{path}: the model's products use only some of its layers ({places} are missing); leave it with"
+            f" Rule({path!r}, None), or calibrate with sequential=False"
+        )
+    return jax.tree.map(
+        lambda *leaves: jnp.stack(leaves).reshape(*sizes, *leaves[0].shape), *(parts[index] for index in order)
+    )
