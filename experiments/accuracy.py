@@ -75,7 +75,8 @@ def quantize_recipe(model: Decoder, params: Params, recipe: Recipe, calibration:
         return jax.block_until_ready(jq.quantize(params, recipe.config))
     inputs = np.asarray(calibration)[:, :-1].astype(np.int32)
     batches = [jnp.asarray(inputs[start : start + BATCH]) for start in range(0, len(inputs), BATCH)]
-    return jax.block_until_ready(jq.quantize(params, recipe.config, apply_fn=model.forward, batches=batches))
+    options = {"apply_fn": model.forward, "batches": batches, "sequential": recipe.sequential}
+    return jax.block_until_ready(jq.quantize(params, recipe.config, **options))
 
 
 def measure(

@@ -17,24 +17,33 @@ class Recipe:
         config: the order given to `jq.quantize`, or None for the float model.
         summary: what it is, in a few words.
         calibrated: whether it needs calibration tokens.
+        sequential: as `jq.quantize` takes it.
     """
 
     config: jq.QuantConfig | None
     summary: str
     calibrated: bool = False
+    sequential: bool | None = None
 
 
 SIGNED = {"grid": "signed", "range": "mse"}  # what gave GPTQ the least error when tried
 RANGE = {"range": "mse"}
 
 
+COMPENSATED = jq.chain(jq.compensate(strength=0.5, residual=0.5), jq.gptq())
+
+
 def _calibrated(
-    preset: str, algorithm: jq.WeightTransform, summary: str, weight: Mapping[str, str] = types.MappingProxyType({})
+    preset: str,
+    algorithm: jq.WeightTransform,
+    summary: str,
+    weight: Mapping[str, str] = types.MappingProxyType({}),
+    sequential: bool | None = None,
 ) -> Recipe:
     """A preset rounded by an algorithm, fields of its weight spec replaced."""
     spec = jq.QuantConfig.preset(preset).default
     spec = dataclasses.replace(spec, weight=dataclasses.replace(spec.weight, **weight))
-    return Recipe(jq.QuantConfig(spec, algorithm=algorithm), summary, calibrated=True)
+    return Recipe(jq.QuantConfig(spec, algorithm=algorithm), summary, calibrated=True, sequential=sequential)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -53,6 +62,11 @@ RECIPES: dict[str, Recipe] = {
     "gptq-w4-asym": _calibrated("w4a16-asym", jq.gptq(), "4-bit weights, groups of 128, zero points, GPTQ", RANGE),
     "gptq-w3": _calibrated("w3a16", jq.gptq(), "3-bit weights, groups of 128, signed scales, GPTQ", SIGNED),
     "gptq-w3-asym": _calibrated("w3a16-asym", jq.gptq(), "3-bit weights, groups of 128, zero points, GPTQ", RANGE),
+    "gptq-w4-sequential": _calibrated("w4a16", jq.gptq(), "gptq-w4 on quantized layers' outputs", SIGNED, True),
+    "gptq-w4-compensated": _calibrated("w4a16", COMPENSATED, "the same, making up for what quantization did", SIGNED),
+    "gptq-w4-asym-compensated": _calibrated("w4a16-asym", COMPENSATED, "the same with zero points", RANGE),
+    "gptq-w3-compensated": _calibrated("w3a16", COMPENSATED, "the same at 3 bits, symmetric", SIGNED),
+    "gptq-w3-asym-compensated": _calibrated("w3a16-asym", COMPENSATED, "the same at 3 bits with zero points", RANGE),
     "awq-w4": _calibrated("w4a16", jq.awq(), "4-bit weights, groups of 128, symmetric, AWQ"),
     "awq-w4-asym": _calibrated("w4a16-asym", jq.awq(), "4-bit weights, groups of 128, zero points, AWQ"),
     "awq-w3": _calibrated("w3a16", jq.awq(), "3-bit weights, groups of 128, symmetric, AWQ"),
