@@ -2,6 +2,7 @@
 
 from jaxquant._calibrate import Calibration as Calibration
 from jaxquant._calibrate import calibrate as calibrate
+from jaxquant._lazy import LazyArray as LazyArray
 from jaxquant._ops import dot_general as dot_general
 from jaxquant._ops import ragged_dot as ragged_dot
 from jaxquant._ops import take as take

@@ -60,6 +60,34 @@ def test_two_steps_are_one(stack):
     jax.tree.map(np.testing.assert_array_equal, two, jq.quantize(listed, GPTQ, apply_fn=unrolled, batches=[x]))
 
 
+@pytest.mark.parametrize("algorithm", [jq.gptq(), jq.chain(jq.compensate(residual=0.5), jq.gptq())])
+def test_a_sequential_pass_over_scanned_unrolled_and_lazy_layers(stack, algorithm):
+    listed, stacked, x = stack
+    config, report = jq.QuantConfig(SPEC, algorithm=algorithm), jq.Report()
+    lazy = jax.tree.map(lambda w: jq.LazyArray(w.shape, w.dtype, lambda: np.asarray(w)), listed)
+    options = {"batches": [x[:32], x[32:]], "sequential": None if "compensate" in algorithm.name else True}
+    one = jq.quantize(listed, config, apply_fn=unrolled, report=report, **options)
+    two = jq.quantize(stacked, config, apply_fn=scanned, offload=True, **options)
+    three = jq.quantize(lazy, config, apply_fn=unrolled, **options)
+    jax.tree.map(np.testing.assert_array_equal, one, three)
+    for i, layer in enumerate(one["layers"]):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a, b[i]), layer["kernel"], two["layers"]["kernel"])
+    assert [row.path for row in report.rows] == [f"layers/{i}/kernel" for i in range(3)]
+    parallel = jq.quantize(listed, GPTQ, apply_fn=unrolled, batches=options["batches"])
+    codes = [tree["layers"][2]["kernel"].qvalue for tree in (one, parallel)]
+    assert np.any(np.asarray(codes[0]) != np.asarray(codes[1]))
+
+
+@pytest.mark.parametrize("given", [{"sequential": False}, {"stats": jq.Calibration({}, {})}])
+def test_compensation_cannot_do_with_the_float_model_alone(stack, given):
+    listed, _, x = stack
+    config = jq.QuantConfig(SPEC, algorithm=jq.chain(jq.compensate(), jq.gptq()))
+    with pytest.raises(ValueError, match="layers/0/kernel compares the quantized model's activations"):
+        jq.quantize(listed, config, apply_fn=unrolled, batches=[x], **given)
+    with pytest.raises(ValueError, match=r"'compensate \+ gptq' for layers/0/kernel"):
+        jq.calibrate(unrolled, listed, [x], config)
+
+
 def test_the_model_gives_the_axes_of_a_data_free_algorithm(rng):
     params, x = {"table": normal(rng, 8, 32)}, normal(rng, 4, 32)
     config = jq.QuantConfig(SPEC)
