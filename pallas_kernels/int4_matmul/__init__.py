@@ -41,7 +41,7 @@ def int4_matmul(
       bias: `[N]`.
       implementation: "mosaic_gpu" (the Hopper kernel; never falls back), "xla", or None: the kernel on a CUDA device
         if it takes the problem, else "xla"; decided when the program is lowered for its platform.
-      config: the kernel's configuration; by default the cost model's choice.
+      config: the kernel's configuration; by default what was tuned for a problem like it, else a cost model's choice.
 
     Returns:
       `[..., N]` in x's dtype.
@@ -67,7 +67,15 @@ def int4_matmul(
         bias = None if bias is None else jnp.pad(bias, (0, pad))
     if zero_point is not None:
         zero_point = zero_point.astype(scale.dtype)
-    reason = supports(k, n + pad, scale.shape[0], x.dtype, config=config, has_zero_point=zero_point is not None)
+    reason = supports(
+        k,
+        n + pad,
+        scale.shape[0],
+        x.dtype,
+        config=config,
+        has_zero_point=zero_point is not None,
+        scale_dtype=scale.dtype,
+    )
     if implementation is None and reason is not None:
         implementation = "xla"
     elif implementation == "mosaic_gpu" and reason is not None:
@@ -155,7 +163,7 @@ def _dispatch(implementation, config, x, qweight, scale, zero_point, bias):
         return int4_matmul_reference(*operands)
     m, k = x.shape
     n, groups, has_zero_point = scale.shape[1], scale.shape[0], zero_point is not None
-    chosen = config or default_config(m, k, n, groups, x.dtype, has_zero_point)
+    chosen = config or default_config(m, k, n, groups, x.dtype, has_zero_point, scale.dtype)
     kernel = functools.partial(int4_matmul_mosaic_gpu, config=chosen)
     if implementation == "mosaic_gpu":
         return kernel(*operands)

@@ -8,8 +8,8 @@ from pallas_kernels.int4_matmul.layout import unpack
 
 
 def dequantize(qweight: jax.Array, scale: jax.Array, zero_point: jax.Array | None, k: int) -> jax.Array:
-    """`(code - zero_point) * scale` in float32: `[K, N padded to 64]` from the packed codes."""
-    codes = unpack(qweight)[:k].astype(jnp.float32)
+    """`(code - zero_point) * scale` in float32: `[K, N]` from the packed codes, N that of the scales."""
+    codes = unpack(qweight)[:k, : scale.shape[1]].astype(jnp.float32)
     groups = scale.shape[0]
     grouped = codes.reshape(groups, k // groups, codes.shape[1])
     if zero_point is not None:
