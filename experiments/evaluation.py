@@ -29,7 +29,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood."""
+        """The exponential of the mean negative log-likelihood."""
         return float(np.exp(self.nll.mean()))
 
 

@@ -13,7 +13,10 @@ RESULTS = ROOT / "experiments" / "results"
 def quickstart_table() -> str:
     """What `make quickstart` measured, as Markdown."""
     rows = json.loads((RESULTS / "quickstart.json").read_text(encoding="utf-8"))["rows"]
-    lines = ["| recipe | bits a weight | MB in memory | MB on disk | perplexity | KL to float |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| recipe | bits a weight | MB in memory | MB on disk | perplexity | KL to float |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         sizes = f"{row['bits']:.3f} | {row['bytes'] / 1e6:.2f} | {row['disk_bytes'] / 1e6:.2f}"
         lines.append(f"| {row['recipe']} | {sizes} | {row['ppl']:.3f} | {row['kl']:.1e} |")

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant._numerics import all_finite
-from jaxquant._outliers import OutlierArray, dequantize_outliers
-from jaxquant._qarray import QArray, dequantize_array
+from jaxquant._outliers import OutlierArray, dequantize_weight
+from jaxquant._qarray import QArray
 from jaxquant._report import WeightReport, make_row, signal_to_noise
 from jaxquant._rules import Assignment
 from jaxquant._statistics import Statistics
@@ -58,7 +58,7 @@ def quantize_calibrated(
     note = ""
     if stats is not None and not np.all(seen := np.asarray(stats.count) > 0):
         note = _note_unseen(path, seen, unseen)
-        if chosen.spec.activation is not None and chosen.spec.activation.static:
+        if spec.activation is not None and spec.activation.static:
             raise ValueError(f"{path}: {note}, so there is no static activation scale for it; give more batches")
         nearest, _ = quantize_weight(w, spec, None, None, **options)
         quantized = _replace_unseen(quantized, nearest, jnp.asarray(seen))
@@ -69,11 +69,7 @@ def quantize_calibrated(
 
 
 _all_finite = jax.jit(all_finite)
-
-
-@jax.jit
-def _dequantize(w: QArray | OutlierArray) -> jax.Array:
-    return dequantize_outliers(w) if isinstance(w, OutlierArray) else dequantize_array(w)
+_dequantize = jax.jit(dequantize_weight)
 
 
 def _note_unseen(path: str, seen: np.ndarray, unseen: str) -> str:
@@ -94,22 +90,24 @@ def _note_unseen(path: str, seen: np.ndarray, unseen: str) -> str:
     return f"{note} and are rounded to nearest"
 
 
-def _replace_unseen(quantized: QArray | OutlierArray, nearest: QArray, seen: jax.Array) -> QArray | OutlierArray:
-    """Puts round-to-nearest in place of the matrices that no token reached."""
+def _replace_unseen(quantized: QArray | OutlierArray, nearest: Any, seen: jax.Array) -> QArray | OutlierArray:
+    """Puts round-to-nearest, a QArray, in place of the matrices that no token reached."""
 
     def choose(leaf: jax.Array, other: jax.Array) -> jax.Array:
         return jnp.where(seen.reshape(*seen.shape, *[1] * (leaf.ndim - seen.ndim)), leaf, other)
 
+    def replace(q: QArray) -> QArray:
+        fields = {name: getattr(q, name) for name in ("qvalue", "scale", "zero_point")}
+        new = {name: choose(leaf, getattr(nearest, name)) for name, leaf in fields.items() if leaf is not None}
+        if q.pre_scale is not None:
+            new["pre_scale"] = choose(q.pre_scale, jnp.ones_like(q.pre_scale))
+        return dataclasses.replace(q, **new)
+
     if isinstance(quantized, OutlierArray):
-        base = _replace_unseen(quantized.base, nearest, seen)
         nowhere = jnp.full_like(quantized.index, np.prod([quantized.shape[a] for a in quantized.base.axis]))
         rows = choose(quantized.rows, jnp.zeros_like(quantized.rows))
-        return OutlierArray(base, rows, choose(quantized.index, nowhere))
-    fields = {name: getattr(quantized, name) for name in ("qvalue", "scale", "zero_point")}
-    new = {name: choose(leaf, getattr(nearest, name)) for name, leaf in fields.items() if leaf is not None}
-    if quantized.pre_scale is not None:
-        new["pre_scale"] = choose(quantized.pre_scale, jnp.ones_like(quantized.pre_scale))
-    return dataclasses.replace(quantized, **new)
+        return OutlierArray(replace(quantized.base), rows, choose(quantized.index, nowhere))
+    return replace(quantized)
 
 
 def not_finite(path: str, leaf: Any) -> ValueError:

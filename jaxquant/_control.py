@@ -87,15 +87,20 @@ def _like(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, before
     ]
 
 
+def aval(atom: core.Var | core.Literal) -> Any:
+    """The abstract value of a variable or literal: in these programs an array's shape and dtype."""
+    return atom.aval
+
+
 def split_scan(eqn: core.JaxprEqn, values: list) -> tuple[list, list, list]:
     """The operands of a scan: constants, carry, and what is sliced.
 
-    The parameters that count them differ between versions of JAX; the ranks of operands and of the body's variables tell
-    on all of them.
+    The parameters that count them differ between versions of JAX; the ranks of operands and of the body's variables
+    tell on all of them.
     """
     body = close(eqn.params["jaxpr"]).jaxpr
-    xs_count = sum(a.aval.ndim != b.aval.ndim for a, b in zip(eqn.invars, body.invars, strict=True))
-    carry_count = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body.outvars, strict=True))
+    xs_count = sum(aval(a).ndim != aval(b).ndim for a, b in zip(eqn.invars, body.invars, strict=True))
+    carry_count = sum(aval(a).ndim == aval(b).ndim for a, b in zip(eqn.outvars, body.outvars, strict=True))
     first, last = len(values) - xs_count - carry_count, len(values) - xs_count
     return values[:first], values[first:last], values[last:]
 

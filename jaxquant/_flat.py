@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 
 from jaxquant._arguments import Form
-from jaxquant._control import CALLS, close, inline, split_scan
+from jaxquant._control import CALLS, aval, close, inline, split_scan
 from jaxquant._interpreter import Frame, Value, bind
 from jaxquant._tracking import Tracked, Tracker, track
 
@@ -84,13 +85,13 @@ class Unroller(Tracker):
 
 def _counts(eqn: core.JaxprEqn, values: Sequence[Value]) -> bool:
     """Whether an equation computes small known integers, as loop counters are, by which layers are then picked."""
-    known = not any(isinstance(value, jax.core.Tracer | Tracked) for value in values)
-    return known and all(var.aval.dtype.kind in "iub" and var.aval.size <= MAX_COUNTS for var in eqn.outvars)
+    known = not any(isinstance(value, Tracer | Tracked) for value in values)
+    return known and all(aval(var).dtype.kind in "iub" and aval(var).size <= MAX_COUNTS for var in eqn.outvars)
 
 
 def _step_of(x: Value, step: int) -> Value:
     """One slice of what a scan goes over; of a weight, as the program itself would have picked it."""
-    if not isinstance(x, jax.core.Tracer | Tracked):
+    if not isinstance(x, Tracer | Tracked):
         return np.asarray(x)[step]
     if not isinstance(x, Tracked):
         return jax.lax.index_in_dim(x, step, keepdims=False)

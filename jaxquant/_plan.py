@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 
+from jaxquant._control import aval
 from jaxquant._interpreter import Frame, Value
 from jaxquant._observe import Reading, Watch, read_convolution, read_product, read_ragged
 from jaxquant._tracking import Meeting, Tracked, Tracker, track
@@ -97,7 +99,7 @@ def plan_walk(flat: core.ClosedJaxpr, paths: Sequence[str], watches: Mapping[str
         outs, _ = planner.run(flat, values)
         return [out.array if isinstance(out, Tracked) else out for out in outs]
 
-    jax.eval_shape(trace, [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in flat.jaxpr.invars])
+    jax.eval_shape(trace, [jax.ShapeDtypeStruct(aval(var).shape, aval(var).dtype) for var in flat.jaxpr.invars])
     return Plan(tuple(planner.meets), planner.born)
 
 
@@ -125,9 +127,10 @@ class Planner(Tracker):
     def apply(self, frame: Frame, eqn: core.JaxprEqn, values: list[Value]) -> Sequence[Value]:
         """Follows parameters; a branch that uses some is met as a whole."""
         if eqn.primitive.name == "cond" and any(map(self.is_special, values)):
-            owners = [atom for atom, value in zip(eqn.invars, values, strict=True) if self.is_special(value)]
+            operands = [atom for atom in eqn.invars if not isinstance(atom, core.Literal)]
+            owners = [atom for atom in operands if self.is_special(frame.read(atom))]
             units = tuple(self.unit_of(frame, atom) for atom in owners)
-            inputs = tuple(a for a in eqn.invars if not isinstance(a, core.Literal) and a not in owners)
+            inputs = tuple(atom for atom in operands if atom not in owners)
             held = tuple((atom, self.tracked[atom]) for atom in owners)
             self.meets.append(Meet(self.numbers[id(eqn)], units, inputs, None, owners=held))
             values = self.lowered(frame, eqn, values, "")
@@ -171,10 +174,14 @@ class Planner(Tracker):
                 break
             var = before
         value = self.tracked[var]
-        known = [_known(index) for index in value.indices]
+        known = [int(np.asarray(index)) for index in value.indices if not isinstance(index, Tracer)]
         rest = [own for own in range(-len(self.watches[value.path].shape), 0) if own not in value.picked]
-        if None in known or [own for dims in value.dims for own in dims] != rest:
-            what = "picks layers by an index that depends on data" if None in known else "reorders it before slicing"
+        if len(known) < len(value.indices) or [own for dims in value.dims for own in dims] != rest:
+            what = (
+                "picks layers by an index that depends on data"
+                if len(known) < len(value.indices)
+                else "reorders it before slicing"
+            )
             raise NotImplementedError(
                 f"{value.path}: the model {what}, so it cannot be walked layer by layer; calibrate with"
                 f" sequential=False, or leave it with Rule({value.path!r}, None)"
@@ -191,7 +198,7 @@ class Planner(Tracker):
             if reader.primitive.name == "add":
                 other = reader.invars[1] if reader.invars[0] is var else reader.invars[0]
                 if not isinstance(other, core.Literal) and self.from_batch(other):
-                    return other if other.aval.size == eqn.outvars[0].aval.size else None
+                    return other if aval(other).size == aval(eqn.outvars[0]).size else None
             elif reader.primitive.name not in PASSED_ON:
                 return None
             (var,) = reader.outvars
@@ -201,7 +208,3 @@ class Planner(Tracker):
         """Whether a variable varies along more than one dimension: a bias, spread over tokens, does not."""
         maker = next((eqn for eqn in self.body.eqns if var in eqn.outvars), None)
         return maker is None or maker.primitive.name != "broadcast_in_dim"
-
-
-def _known(index: object) -> int | None:
-    return None if isinstance(index, jax.core.Tracer) else int(np.asarray(index))

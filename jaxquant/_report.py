@@ -147,10 +147,10 @@ def show_progress(row: WeightReport, done: int, total: int, stream: TextIO | Non
         total: of how many.
         stream: standard error by default.
     """
-    stream = sys.stderr if stream is None else stream
-    if not stream.isatty():
+    out: TextIO = sys.stderr if stream is None else stream
+    if not out.isatty():
         return
     error = "" if row.error is None else f", error {row.error:.1e} (RTN {row.error_rtn:.1e})"
     end = "\n" if done == total else ""
-    stream.write(f"\r\x1b[K[{done}/{total}] {row.path}: {row.seconds:.2f} s{error}{end}")
-    stream.flush()
+    out.write(f"\r\x1b[K[{done}/{total}] {row.path}: {row.seconds:.2f} s{error}{end}")
+    out.flush()

@@ -16,7 +16,7 @@ class LeafSummary:
         format: qtype, or the dtype of a float leaf.
         bits: bits an element takes, scales counted.
         nbytes: bytes in memory.
-        quantized: whether it is a QArray.
+        quantized: whether it is a quantized weight.
     """
 
     path: str
@@ -53,10 +53,9 @@ class Summary:
         """The table and the totals."""
         width = max((len(row.path) for row in self.leaves), default=4)
         lines = [f"{'path':<{width}}  {'format':<14} {'shape':<20} {'bits':>7} {'bytes':>13}"]
-        lines += [
-            f"{row.path:<{width}}  {row.format:<14} {'x'.join(map(str, row.shape)):<20} {row.bits:>7.3f} {row.nbytes:>13,}"
-            for row in self.leaves
-        ]
+        for row in self.leaves:
+            shape = "x".join(map(str, row.shape))
+            lines.append(f"{row.path:<{width}}  {row.format:<14} {shape:<20} {row.bits:>7.3f} {row.nbytes:>13,}")
         lines.append(f"{self.bits_per_weight:.3f} bits a quantized weight; {self.nbytes:,} bytes in all")
         return "\n".join(lines)
 
@@ -65,7 +64,7 @@ def summary(qparams: Any) -> Summary:
     """Tabulates the parameters of a tree: format, shape, bits an element, bytes.
 
     Args:
-        qparams: a tree of arrays and QArrays.
+        qparams: a tree of arrays and quantized weights.
 
     Returns:
         The rows; printing it shows a table with totals.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxquant._interpreter import Frame, Interpreter, Value, bind
+from jaxquant._interpreter import Frame, Interpreter, Value, bind, result_of
 from jaxquant._views import common_factors
 
 
@@ -187,7 +187,7 @@ def _elementwise(tracker: Tracker, frame: Frame, eqn: core.JaxprEqn, values: lis
 
 
 def _reshaped(value: Tracked, eqn: core.JaxprEqn) -> list[tuple[int, ...]]:
-    shape = eqn.outvars[0].aval.shape
+    shape = result_of(eqn).shape
     dims: list[tuple[int, ...]] = [()] * len(shape)
     if math.prod(shape) == 0:
         return dims

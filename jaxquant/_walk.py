@@ -21,10 +21,11 @@ import numpy as np
 from jax.extend import core
 
 from jaxquant import _views
+from jaxquant._control import aval
 from jaxquant._execution import Execution, Weight, dense
 from jaxquant._interpreter import Frame, Region, bind
 from jaxquant._lazy import load_leaf
-from jaxquant._observe import Observer, Watch, add_statistics, empty_statistics, merge_stacks
+from jaxquant._observe import Observer, Reading, Watch, add_statistics, empty_statistics, merge_stacks
 from jaxquant._outliers import OutlierArray
 from jaxquant._plan import Meet, Plan, Unit
 from jaxquant._statistics import FLOAT_NEEDS, Statistics
@@ -207,9 +208,9 @@ class Walk:
         dims = [place for place, own in enumerate(born.dims) if own is None]
         value = self.done.get(born.unit) if stream == QUANTIZED else None
         if value is None:
-            return jnp.expand_dims(self.float_unit(born.unit), dims).astype(var.aval.dtype)
+            return jnp.expand_dims(self.float_unit(born.unit), dims).astype(aval(var).dtype)
         value = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, dims), value)
-        return _with_dtype(value, var.aval.dtype)
+        return _with_dtype(value, aval(var).dtype)
 
     def float_unit(self, unit: Unit) -> jax.Array:
         """The float weight of a unit, loaded when it is first needed."""
@@ -229,7 +230,7 @@ class Walk:
         (unit,), stream = meet.units, meet.stream if self._needs(meet, "residual") else None
         key = (meet.reading.key, meet.inputs, stream, self._outputs(meet))
         if self.last is None or self.last[0] != key:
-            self.last = key, self.gather(meet, stream)
+            self.last = key, self.gather(meet, meet.reading, stream)
         return {unit: self.last[1]}
 
     def _outputs(self, meet: Meet) -> int:
@@ -240,9 +241,9 @@ class Walk:
         rest = [own for own in range(-len(watch.shape), 0) if own not in (*watch.axis, *meet.reading.lead, *picked)]
         return math.prod(watch.shape[own] for own in rest)
 
-    def gather(self, meet: Meet, stream: core.Var | None) -> Statistics:
+    def gather(self, meet: Meet, reading: Reading, stream: core.Var | None) -> Statistics:
         """Adds what a product reads, batch by batch."""
-        reading, crossed = meet.reading, self._needs(meet, "cross")
+        crossed = self._needs(meet, "cross")
         update = self.updates.setdefault(
             reading.key,
             jax.jit(lambda stats, *inputs: add_statistics(stats, reading, *inputs), donate_argnums=0),

@@ -74,7 +74,7 @@ def compile_for_h200(fn, *args) -> tuple[str, tuple[KernelReport, ...]]:
         with _environment(MOSAIC_GPU_DUMP_TO=folder, MOSAIC_GPU_DUMP_PTXAS="1"):
             compiled = jax.jit(lambda *a: fn(*a)).lower(*avals).compile()
         reports = tuple(_report(path) for path in sorted(pathlib.Path(folder).glob("*.ptxas")))
-    return compiled.as_text(), reports
+    return compiled.as_text() or "", reports
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Whether the libraries that own the formats compute with our exports what our model computes: two programs in one.
+"""Whether the libraries that own the formats compute with our exports what our model does: two programs in one.
 
     python -m experiments.oracles.check_exports write FOLDER     # in this project's environment
     python experiments/oracles/check_exports.py read FOLDER      # in one with torch, transformers, compressed-tensors
