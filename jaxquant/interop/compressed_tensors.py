@@ -9,7 +9,8 @@ A linear layer [N outputs, K inputs] is kept in one of these forms; which, is to
 - int-quantized and float-quantized: `weight` int8 or float8_e4m3fn [N, K], `weight_scale` per channel, tensor, group or
   block, `weight_zero_point` int8.
 - nvfp4-pack-quantized: `weight_packed` uint8 [N, K / 2] of E2M1, `weight_scale` float8 [N, K / 16] over
-  `weight_global_scale`; mxfp4-pack-quantized: `weight_scale` uint8 exponents [N, K / 32]. Read only.
+  `weight_global_scale`; mxfp4-pack-quantized: `weight_scale` uint8 exponents [N, K / 32]. Read only, and without
+  their four-bit activations, which stay in float.
 
 `input_scale` and `input_zero_point` are those of static activations. The weight is `scale * (code - zero point)`.
 """
@@ -115,6 +116,8 @@ def decode_linear(tensors: Tensors, scheme: Scheme, dtype: np.dtype, where: str)
         NotImplementedError: a form that is not read.
     """
     check_surplus(where, tensors, set(SUFFIXES))
+    if "weight_packed" in tensors and tensors["weight_packed"].dtype == np.uint8:
+        return _decode_fp4(tensors, dtype, where)
     activation = _activation(scheme.inputs, where)
     given: dict[str, Any] = {"activation": activation}
     if activation is not None and activation.static:
@@ -125,8 +128,6 @@ def decode_linear(tensors: Tensors, scheme: Scheme, dtype: np.dtype, where: str)
         if expect(where, tensors, "weight", "int8 float8_e4m3fn", (None, None)).dtype == np.int8:
             return _decode_int(tensors, scheme, dtype, where, given)
         return _decode_float(tensors, scheme, dtype, where, given)
-    if tensors["weight_packed"].dtype == np.uint8:
-        return _decode_fp4(tensors, dtype, where)
     return _decode_packed(tensors, scheme, dtype, where, given)
 
 

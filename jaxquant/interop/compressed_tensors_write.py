@@ -1,5 +1,6 @@
 """Writes kernels in the compressed-tensors format; `compressed_tensors` reads them and has the layouts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,12 +73,13 @@ def _encode_packed(
     return tensors
 
 
-def to_json(groups: dict[str, dict[str, Any]], ignored: list[str]) -> dict[str, Any]:
+def to_json(groups: dict[str, dict[str, Any]], ignored: list[str], cache: Sequence[np.ndarray] = ()) -> dict[str, Any]:
     """Makes the `quantization_config` of a model.
 
     Args:
         groups: by module, what `encode_linear` returned.
         ignored: linear modules left in float.
+        cache: scales of a float8 key and value cache: one element, or one a head.
 
     Returns:
         The JSON object; layers quantized alike form a group.
@@ -101,12 +103,19 @@ def to_json(groups: dict[str, dict[str, Any]], ignored: list[str]) -> dict[str, 
             for number, (body, targets) in enumerate(named)
         },
         "ignore": ignored,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _cache_json(cache),
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
         "version": VERSION,
     }
+
+
+def _cache_json(scales: Sequence[np.ndarray]) -> dict[str, Any] | None:
+    if not scales:
+        return None
+    strategy = "tensor" if all(scale.size == 1 for scale in scales) else "attn_head"
+    return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
 
 
 def _collapse(q: QArray, where: str) -> tuple[np.ndarray, tuple[int, int] | None]:

@@ -101,7 +101,7 @@ def to_json(kernels: dict[str, QArray], ignored: list[str]) -> dict[str, Any]:
     """Makes the `quantization_config` of a model's kernels.
 
     Args:
-        kernels: by path.
+        kernels: by module.
         ignored: modules left in float.
 
     Returns:

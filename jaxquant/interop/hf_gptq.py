@@ -169,7 +169,7 @@ def to_json(kernels: dict[str, QArray], form: GPTQFormat) -> dict[str, Any]:
     """Makes the `quantization_config` of a model's kernels.
 
     Args:
-        kernels: by path.
+        kernels: by module.
         form: the version.
 
     Returns:
@@ -187,7 +187,7 @@ def to_json(kernels: dict[str, QArray], form: GPTQFormat) -> dict[str, Any]:
         "group_size": common_group_size("GPTQ", kernels),
         "desc_act": any(q.perm is not None for q in kernels.values()),
         "sym": all(q.zero_point is None for q in kernels.values()),
-        "lm_head": False,
+        "lm_head": "lm_head" in kernels,
         "quant_method": "gptq",
         "checkpoint_format": name,
         "format": name,

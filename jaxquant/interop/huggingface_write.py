@@ -80,6 +80,7 @@ def write_folder(
         kernels: dict[str, QArray] = {}
         bodies: dict[str, dict[str, Any]] = {}
         float_linears: list[str] = []
+        cache: list[np.ndarray] = []
         for module, kind, suffix, leaf in _whole_modules(_home(table, path, leaf) for path, leaf in named):
             if isinstance(leaf, QArray):
                 encoded, bodies[module] = _encode(leaf, format, module)
@@ -90,7 +91,8 @@ def write_folder(
                 files.add({f"{module}.weight": np.asarray(leaf).T})
             else:
                 files.add({f"{module}.{suffix}": np.asarray(leaf)})
-        quantization = _quantization(format, kernels, bodies, float_linears)
+                cache += [np.asarray(leaf)] if kind == "scales" else []
+        quantization = _quantization(format, kernels, bodies, float_linears, cache)
         files.finish()
         _write_json(staged / "config.json", config | quantization)
         _publish(staged, folder)
@@ -203,7 +205,11 @@ def _encode(q: QArray, format: Format, module: str) -> tuple[dict[str, np.ndarra
 
 
 def _quantization(
-    format: Format, kernels: dict[str, QArray], bodies: dict[str, dict[str, Any]], ignored: list[str]
+    format: Format,
+    kernels: dict[str, QArray],
+    bodies: dict[str, dict[str, Any]],
+    ignored: list[str],
+    cache: list[np.ndarray],
 ) -> dict[str, Any]:
     if format == "float":
         return {}
@@ -212,5 +218,5 @@ def _quantization(
     if format == "awq":
         return {"quantization_config": hf_awq.to_json(kernels, ignored)}
     if format == "compressed-tensors":
-        return {"quantization_config": compressed_tensors_write.to_json(bodies, ignored)}
+        return {"quantization_config": compressed_tensors_write.to_json(bodies, ignored, cache)}
     return {"quantization_config": hf_gptq.to_json(kernels, hf_gptq.GPTQFormat(2 if format == "gptq_v2" else 1))}

@@ -166,6 +166,8 @@ def test_scales_of_a_key_value_cache(tmp_path, rng):
         params[f"layers_{i}"]["self_attn"] |= {name: random_float(rng, 1) for name in ("k_scale", "v_scale")}
     save_huggingface(tmp_path, params, CONFIG, format="compressed-tensors")
     assert_same(load_huggingface(tmp_path)[0], params)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert (written["strategy"], written["type"], written["dynamic"]) == ("tensor", "float", False)
     with safetensors.safe_open(tmp_path / "model.safetensors", "numpy") as file:
         assert "model.layers.0.self_attn.k_scale" in file.keys()  # noqa: SIM118 (no mapping)
 

@@ -101,6 +101,15 @@ def test_activations_of_a_scheme():
     assert q.scale.shape == (2, 2)
 
 
+def test_four_bit_activations_stay_in_float():
+    tensors, expected, config = golden("compressed-tensors:nvfp4")
+    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 4, "type": "float", "dynamic": "local"}
+    tensors["input_global_scale"] = np.ones(1, np.float32)
+    q = decode("compressed-tensors", tensors, expected.dtype, config)
+    assert q.activation is None
+    np.testing.assert_array_equal(np.asarray(dequantize_array(q)).T, expected)
+
+
 def test_a_zero_point_of_zero_needs_version_2():
     tensors, expected, config = golden("gptqmodel:gptq-w4-asym-v2")
     q = decode("gptqmodel", tensors, expected.dtype, config)
