@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxquant._outliers import OutlierArray
 from jaxquant._qarray import QArray
 from jaxquant._tree import is_quantized, path_name
 
-_ARRAYS = (QArray, jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
+_ARRAYS = (QArray, OutlierArray, jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Form:
 
 
 def split_arguments(args: tuple, kwargs: dict) -> tuple[Form, list]:
-    """Splits a call into what jit may trace (arrays, a QArray as one) and what is static (flags, strings, modules)."""
+    """Splits a call into what jit may trace (a quantized weight as one array) and what is static (flags, strings)."""
     entries, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_quantized)
     dynamic = [isinstance(leaf, _ARRAYS) for _, leaf in entries]
     static = tuple((i, leaf) for i, ((_, leaf), flag) in enumerate(zip(entries, dynamic, strict=True)) if not flag)

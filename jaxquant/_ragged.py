@@ -24,10 +24,7 @@ def ragged_product(x: jax.Array, q: QArray, group_sizes: jax.Array, dtype: jnp.d
     Returns:
         [M, N].
     """
-    rows = jnp.arange(x.shape[0], dtype=group_sizes.dtype)
-    ends = jnp.cumsum(group_sizes)
-    expert = jnp.minimum(jnp.searchsorted(ends, rows, side="right", method="compare_all"), q.shape[0] - 1)
-
+    expert = expert_of_rows(group_sizes, x.shape[0])
     if q.pre_scale is not None:
         x = x * _of_row(q.pre_scale, expert)[:, :, 0].astype(x.dtype)
     if q.perm is not None:
@@ -43,6 +40,13 @@ def ragged_product(x: jax.Array, q: QArray, group_sizes: jax.Array, dtype: jnp.d
     weight = bare(q)
     total = one_cell(inputs, weight, _DIMS) if cells == 1 else scan_cells(one_cell, inputs, weight, _DIMS, 0, cells)
     return total[:, : q.shape[2]].astype(dtype)  # cuts the padding of a weight that is packed along N
+
+
+def expert_of_rows(group_sizes: jax.Array, count: int) -> jax.Array:
+    """The expert of each row, [count]; rows beyond the sum of sizes count to the last."""
+    rows = jnp.arange(count, dtype=group_sizes.dtype)
+    ends = jnp.cumsum(group_sizes)
+    return jnp.minimum(jnp.searchsorted(ends, rows, side="right", method="compare_all"), group_sizes.shape[0] - 1)
 
 
 def _of_row(grid: jax.Array, expert: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from jaxquant._outliers import OutlierArray
 from jaxquant._qarray import QArray
 
 
@@ -34,11 +35,11 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def is_quantized(leaf: Any) -> bool:
     """Whether a node of a parameter tree is a quantized weight."""
-    return isinstance(leaf, QArray)
+    return isinstance(leaf, QArray | OutlierArray)
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Lists (path, leaf) of a parameter tree; a QArray is one leaf.
+    """Lists (path, leaf) of a parameter tree; a quantized weight is one leaf.
 
     >>> named_leaves({"b": 2, "a": [1]})
     [('a/0', 1), ('b', 2)]
@@ -48,7 +49,7 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def map_named(fn: Callable[[str, Any], Any], tree: Any) -> Any:
-    """Maps `fn(path, leaf)` over a parameter tree; a QArray is one leaf.
+    """Maps `fn(path, leaf)` over a parameter tree; a quantized weight is one leaf.
 
     >>> map_named(lambda path, leaf: path, {"a": [1, 2]})
     {'a': ['a/0', 'a/1']}

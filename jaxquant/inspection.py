@@ -117,8 +117,7 @@ def _describe(path: str, leaf: Any) -> LeafInfo:
     cells = base.scale.shape[base.axis[-1]]
     group = base.padded // cells if cells > 1 else None
     activation = None if base.activation is None else base.activation.qtype
-    name = base.qtype if base is leaf else f"{base.qtype}+outliers"
-    return LeafInfo(path, tuple(leaf.shape), name, group, activation, bits, nbytes, base.layout)
+    return LeafInfo(path, tuple(leaf.shape), leaf.qtype, group, activation, bits, nbytes, base.layout)
 
 
 def _itemsize(dtype: Any) -> int:

@@ -21,7 +21,7 @@ from jaxquant._outliers import OutlierArray
 from jaxquant._qarray import QArray, from_codes
 from jaxquant._spec import QuantSpec
 from jaxquant._statistics import Statistics
-from jaxquant.algorithms._transform import WeightState, WeightTransform, chain
+from jaxquant.algorithms._transform import Outliers, WeightState, WeightTransform, chain
 from jaxquant.algorithms.ranges import activation_scale, range_needs
 from jaxquant.algorithms.rtn import finish
 
@@ -125,5 +125,17 @@ def _to_container(state: WeightState, act_scale, act_zero_point, spec: QuantSpec
     )
     if state.outliers is None:
         return base
-    index = picked_from_matrix(jnp.expand_dims(state.outliers.index, -1), form)
-    return OutlierArray(base, picked_from_matrix(state.outliers.rows, form).astype(dtype), index)
+    return _with_outliers(base, state.outliers, state.pre_scale, form)
+
+
+def _with_outliers(base: QArray, outliers: Outliers, pre_scale: jax.Array | None, form: MatrixForm) -> OutlierArray:
+    """Puts the float channels beside the codes: rows in units of the unscaled inputs, channels without K's padding."""
+    index, rows = outliers.index, outliers.rows
+    if pre_scale is not None:
+        factor = jnp.take_along_axis(pre_scale, index, axis=-1, mode="fill", fill_value=0)
+        rows = rows * jnp.expand_dims(factor, -1)
+    length = form.shape[form.axis[-1]]
+    outer, inner = index // form.padded, index % form.padded
+    index = jnp.where(inner < length, outer * length + inner, form.matrix_shape[0] // form.padded * length)
+    index = picked_from_matrix(jnp.expand_dims(index, -1), form)
+    return OutlierArray(base, picked_from_matrix(rows, form).astype(base.dtype), index)
