@@ -145,8 +145,11 @@ class _Worker:
             if line.startswith("STAGE "):
                 self._enter(line.removeprefix("STAGE "))
             if line.startswith("RESULT "):
-                self.item = None
-                return json.loads(line.removeprefix("RESULT "))
+                self.item, answer = None, json.loads(line.removeprefix("RESULT "))
+                if "CUDA" in answer.get("error", ""):  # A fault leaves the process no use of the device.
+                    self.dead = True
+                    self.kill()
+                return answer
         if self.item is None:
             return None
         if self._process.poll() is not None:

@@ -19,6 +19,7 @@ from pallas_kernels.int8_matmul.cases import BLOCK_SHAPES, SHAPES
 
 STEPS = ("verify", "peaks", "time", "torch", "quant", "sweep")
 DTYPES = ("float8_e4m3fn", "int8")
+SWEPT = 12  # configurations of a problem that a sweep times
 
 
 def verify_items() -> list[dict]:
@@ -39,9 +40,18 @@ def verify_items() -> list[dict]:
         (64, first(64, split_k=4), "float8_e4m3fn"),
         (100, first(128, split_k=2), "float8_e4m3fn"),
         (33, config(block_m=64, block_n=128, num_warpgroups=1, split_k=2), "int8"),
+        (64, first(64, multicast=2), "int8"),
+        (200, first(64, multicast=2), "float8_e4m3fn"),
     ]
     items = [
         {"m": m, "k": 2048 + 128, "n": 1024 + 128, "dtype": dtype, "form": "token", "config": c} for m, c, dtype in cuts
+    ]
+    # Several tiles a block: both slots of scales are used.
+    narrow = first(16, num_warpgroups=1) | {"block_n": 64}
+    items += [
+        {"m": 16, "k": 512, "n": 150 * 128, "dtype": dtype, "form": "token", "config": narrow | {"split_k": split}}
+        for dtype in DTYPES
+        for split in (1, 2)
     ]
     sizes = (
         (1, 4096, 4096),
@@ -96,23 +106,28 @@ def time_items(shapes: list[str], tokens: list[int]) -> list[dict]:
 
 
 def sweep_items() -> list[dict]:
-    """Candidate configurations of a few problems, problems interleaved so that a run cut short covers all of them."""
+    """What the cost model likes best for each problem, problems interleaved: a run cut short covers all of them."""
     from pallas_kernels.int8_matmul import candidates
+    from pallas_kernels.int8_matmul.config import predicted_microseconds
 
-    problems = [("llama3-70b/o", 4096, d, "token") for d in DTYPES] + [
-        ("llama3-8b/o", 4096, d, "token") for d in DTYPES
-    ]
-    problems += [("llama3-70b/o", m, "float8_e4m3fn", "token") for m in (1, 16, 64, 256, 1024)]
-    problems += [("llama3-8b/o", m, "float8_e4m3fn", "token") for m in (1, 16, 64, 256)]
-    problems += [("deepseek-v3/o", 4096, "float8_e4m3fn", "block"), ("llama3-8b/gate_up", 16, "int8", "token")]
+    tables = {
+        ("llama3-70b/o", "float8_e4m3fn"): (16, 128, 256),
+        ("llama3-8b/o", "float8_e4m3fn"): (16, 128, 256, 1024),
+        ("llama3-8b/gate_up", "float8_e4m3fn"): (1, 16, 64, 128, 256, 1024),
+        ("llama3-70b/o", "int8"): (1, 64, 256, 1024, 4096),
+        ("llama3-8b/o", "int8"): (1, 64, 256, 1024, 4096),
+        ("llama3-8b/gate_up", "int8"): (1, 64, 256, 1024, 4096),
+    }
+    problems = [(shape, m, dtype, "token") for (shape, dtype), tokens in tables.items() for m in tokens]
+    problems += [(shape, m, "float8_e4m3fn", "block") for shape, m in (("deepseek-v3/o", 4096), ("square", 8192))]
     queues = []
     for shape, m, dtype, form in problems:
         k, n = (SHAPES | BLOCK_SHAPES)[shape]
         configs = candidates(m, k, n, dtype, blocked=form == "block")
+        configs = sorted(configs, key=lambda c, m=m, k=k, n=n: predicted_microseconds(c, m, k, n))[:SWEPT]
         problem = {"what": "time", "shape": shape, "m": m, "dtype": dtype, "form": form}
         queues.append([problem | {"config": dataclasses.asdict(c)} for c in configs])
-    longest = max(map(len, queues))
-    return [queue[i] for i in range(longest) for queue in queues if i < len(queue)]
+    return [queue[i] for i in range(SWEPT) for queue in queues if i < len(queue)]
 
 
 def torch_items(shapes: list[str], tokens: list[int]) -> list[dict]:
@@ -315,7 +330,9 @@ def main():
         "sweep": sweep_items(),
     }
     deadline, results, asked = time.monotonic() + options.time_limit, [], 0
-    for phase in (STEPS[:-1], STEPS[-1:]):  # Within a run workers choose items by what they have in memory.
+    # Within a phase workers choose items by what they have in memory. PyTorch's profiler keeps CUPTI to itself for the
+    # rest of a process, so its measurements have processes of their own.
+    for phase in (("torch",), ("verify", "peaks", "time", "quant"), ("sweep",)):
         items = [item for step in phase if step in options.only for item in steps[step]]
         asked += len(items)
         results += _workers.run(

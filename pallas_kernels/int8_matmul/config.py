@@ -1,7 +1,10 @@
 """Configurations of the Hopper 8-bit kernel: what one is, which problems it takes, and the default for each."""
 
 import dataclasses
+import functools
+import json
 import math
+import pathlib
 
 import jax.numpy as jnp
 
@@ -9,6 +12,7 @@ from pallas_kernels.int8_matmul.layout import BLOCK
 
 HOPPER_SMS = 132
 SHARED_MEMORY_BYTES = 232448 - 1024  # less barriers and alignment
+COPY_ALIGNMENT = 128  # bytes: where in shared memory the copy engine can write to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,11 +22,12 @@ class Config:
     Attributes:
         block_m: tokens a tile.
         block_n: outputs a tile.
-        block_k: inputs a pipeline stage, a multiple of 128; fp8 sums leave the tensor core after each.
+        block_k: inputs a pipeline stage, a multiple of 128.
         num_stages: stages of the ring that the copy engine fills.
         num_warpgroups: compute warpgroups; they divide the rows of a tile between them, 64 or 128 each.
         weights_first: outputs, not tokens, are the rows of wgmma (for few tokens).
-        multicast: blocks of a cluster whose tiles share the larger operand, each fetching a part of it for all.
+        multicast: blocks of a cluster whose tiles share an operand, each fetching a part of it for all: the larger one,
+            or the tokens if one tile holds them all.
         split_k: blocks of a cluster that share a tile's inputs; their sums meet in distributed shared memory.
         snake_width: output tiles of a strip of the traversal order (L2 locality when there are many token tiles).
     """
@@ -89,10 +94,15 @@ class Config:
     def shared_memory_bytes(self, out_dtype) -> int:
         """Shared memory that a launch takes at most, whatever scales it has."""
         stage = (self.block_m + self.block_n) * self.block_k + 4 * self.block_m * self.block_k // BLOCK
-        vectors = 2 * 4 * (2 * self.block_m + 3 * self.block_n)
+        vectors = 2 * 4 * (2 * max(self.block_m, COPY_ALIGNMENT // 4) + 3 * self.block_n)
         out = self.stagings(out_dtype) * 64 * self.piece(out_dtype) * jnp.dtype(out_dtype).itemsize
         partial = (self.split_k - 1) * 64 * self.chunk * 4
         return self.num_stages * stage + vectors + self.num_warpgroups * (out + partial)
+
+
+def shares_x(config: Config, m: int) -> bool:
+    """Whether a multicast cluster's tiles have the tokens in common, not the outputs."""
+    return config.block_m > config.block_n or m <= config.block_m
 
 
 def num_clusters(size: int, num_sms: int = HOPPER_SMS) -> int:
@@ -124,6 +134,8 @@ def supports(
         return "blocked scales with more than 64 outputs a warpgroup"
     if blocked and not config.weights_first and config.block_n != BLOCK:
         return f"blocked scales with block_n = {config.block_n}; it must be {BLOCK}"
+    if blocked and 4 * config.block_m * config.block_k // BLOCK % COPY_ALIGNMENT:
+        return f"blocked scales of a {config.block_m} x {config.block_k} stage, which are no multiple of 128 bytes"
     used = config.shared_memory_bytes(out_dtype)
     return f"{used} bytes of shared memory, at most {SHARED_MEMORY_BYTES}" if used > SHARED_MEMORY_BYTES else None
 
@@ -133,7 +145,7 @@ def candidates(m: int, k: int, n: int, x_dtype, *, blocked: bool = False, out_dt
     promoted = blocked or jnp.dtype(x_dtype) != jnp.int8
     cuts: list[dict] = []
     if m <= 256:
-        block_m = max(8, 1 << (min(m, 128 if promoted else 256) - 1).bit_length())
+        whole = max(8, 1 << (m - 1).bit_length())
         cuts += [
             {
                 "weights_first": True,
@@ -142,15 +154,18 @@ def candidates(m: int, k: int, n: int, x_dtype, *, blocked: bool = False, out_dt
                 "block_k": block_k,
                 "num_warpgroups": count,
                 "split_k": split,
+                "multicast": multicast,
             }
-            for count in ((1, 2, 3, 4) if block_m <= 64 else (2,))
+            for block_m in sorted({min(whole, 64), min(whole, 128), whole if not promoted else 8})
+            if block_m >= min(whole, 64)
+            for count in ((1, 2, 4) if block_m <= 64 else (1, 2))
             for block_k in (128, 256, 512)
-            for split in (1, 2, 4)
+            for split, multicast in ((1, 1), (2, 1), (4, 1), (1, 2))
+            if multicast == 1 or block_m >= 64
+            if split == 1 or block_m <= 128
         ]
     if m > 64 or jnp.dtype(out_dtype).itemsize > 2:
-        tiles = (
-            [(128, 128)] + ([(256, 128)] if not blocked else []) + ([(128, 256), (128, 192)] if not promoted else [])
-        )
+        tiles = [(128, 128)] + [(128, 256), (128, 192)] * (not promoted) + [(256, 128)] * (not blocked)
         tiles += [(128, 64)] if not blocked and m <= 1024 else []
         cuts += [
             {"block_m": block_m, "block_n": block_n, "multicast": multicast, "snake_width": width}
@@ -172,23 +187,43 @@ def _deepest(cut: dict, k: int, x_dtype, blocked: bool, out_dtype) -> Config | N
 
 
 def default_config(m: int, k: int, n: int, x_dtype, *, blocked: bool = False, out_dtype=jnp.bfloat16) -> Config:
-    """The candidate that the cost model expects to be fastest on a Hopper GPU."""
+    """The fastest configuration timed for such a problem (`tuned.json`), else the cost model's choice."""
+    found = _tuned().get((jnp.dtype(x_dtype).name, blocked, bucket(m), k, n))
+    if found is not None and supports(x_dtype, blocked=blocked, config=found, out_dtype=out_dtype) is None:
+        return found
     return min(
         candidates(m, k, n, x_dtype, blocked=blocked, out_dtype=out_dtype),
         key=lambda c: predicted_microseconds(c, m, k, n),
     )
 
 
+def bucket(m: int) -> int:
+    """The token count that stands for others in `tuned.json`: a power of two from 8 to 4096."""
+    return min(4096, max(8, 1 << (m - 1).bit_length()))
+
+
+@functools.cache
+def _tuned() -> dict[tuple, Config]:
+    """The table of the one kind of device that was measured; it serves the other Hoppers too."""
+    rows = json.loads((pathlib.Path(__file__).parent / "tuned.json").read_text())["NVIDIA H200"]
+    return {(row["dtype"], row["blocked"], row["tokens"], row["k"], row["n"]): Config(**row["config"]) for row in rows}
+
+
 def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
-    """A coarse model: waves of tiles, each the longest of its bytes from memory, from L2, and its products."""
+    """A coarse model, fitted to 200 timings on an H200 (off by 4 % in the mean): bytes or products, plus steps."""
     c = config
     m_tiles, n_tiles = math.ceil(m / c.block_m), math.ceil(n / c.block_n)
     waves = math.ceil(math.ceil(m_tiles * n_tiles / c.multicast) / num_clusters(c.cluster))
-    inputs = math.ceil(math.ceil(k / c.block_k) / c.split_k) * c.block_k
-    x_bytes, weight_bytes = min(m, c.block_m) * inputs, c.block_n * inputs
-    fetched = x_bytes + weight_bytes - max(x_bytes, weight_bytes) * (1 - 1 / c.multicast)
-    # Per SM and microsecond: 32 kB from memory, 60 kB from the L2 cache, 6.2 million multiply-adds.
-    copy = max(weight_bytes / min(m_tiles, 8) / 32e3, fetched / 60e3)
-    copy *= max(1.0, 40e3 / (c.num_stages * c.block_n * c.block_k))
-    compute = c.block_m * c.block_n * inputs / 6.2e6 * (1.0 if c.block_m * c.block_n > BLOCK * BLOCK else 1.1)
-    return 3.0 + waves * (max(copy, compute) + 0.5 + 0.3 * (c.split_k > 1))
+    blocks = m_tiles * n_tiles * c.split_k
+    steps = math.ceil(math.ceil(k / c.block_k) / c.split_k)
+    x_bytes, weight_bytes = (size * steps * c.block_k for size in (min(m, c.block_m), c.block_n))
+    shared = x_bytes if shares_x(c, m) else weight_bytes
+    fetched = x_bytes + weight_bytes - shared * (1 - 1 / c.multicast)
+    # Bytes a microsecond: 4.3 M from memory, 10.8 M from the L2 cache, 119 thousand of them to one SM.
+    copy = max(weight_bytes / min(m_tiles, 8) * blocks / 4.3e6, fetched * blocks / 10.8e6, fetched * waves / 119e3)
+    copy *= max(1.0, 21.6e3 / (c.num_stages * c.block_n * c.block_k))
+    products = waves * c.block_m * c.block_n * steps * c.block_k / 5.83e6
+    products *= 1.0 if c.block_m * c.block_n > BLOCK * BLOCK else 1.07
+    # Stores to another SM's shared memory are 8 bytes a thread; clusters of four take turns at them.
+    reduction = 1.33e-4 * c.block_m * c.block_n * c.split_k * (c.split_k - 1) / 2
+    return 2.7 + max(copy, products) + waves * (0.0087 * steps + reduction + 0.7)

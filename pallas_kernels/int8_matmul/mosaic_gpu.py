@@ -7,8 +7,8 @@ rows, so that a tile of 8 tokens wastes nothing, and the product comes out trans
 - A persistent block walks over tiles. One warp drives the copy engine through a ring of stages that runs on across
   tiles; the compute warpgroups share nothing but the ring, so that one stores its part of a tile while another
   multiplies the next.
-- int8 sums stay in the int32 accumulator over all of K. The fp8 tensor core keeps about 14 bits of a sum, so every
-  stage's product is added to a float32 total in registers; block scales multiply it on the way at no cost.
+- int8 sums stay in the int32 accumulator over all of K. The fp8 tensor core keeps about 14 bits of a sum, so the
+  product of at most 256 inputs is added to a float32 total in registers; block scales multiply it on the way.
 - Blocks of a cluster either share the larger operand of their tiles (`multicast`: each fetches a part of it for all of
   them), or the inputs of one tile (`split_k`: partial sums meet in distributed shared memory and are added in a fixed
   order).
@@ -24,10 +24,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.int8_matmul.config import Config, num_clusters
+from pallas_kernels.int8_matmul.config import COPY_ALIGNMENT, Config, num_clusters, shares_x
 from pallas_kernels.int8_matmul.layout import BLOCK
 
 TILE = 64
+DEEPEST = 256  # inputs that the fp8 tensor core sums by itself: it keeps about 14 bits
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
@@ -105,7 +106,7 @@ class _Plan:
         self.piece = config.piece(out_dtype)
         self.piece_shape = (self.piece, TILE) if config.weights_first else (TILE, self.piece)
         # The tiles of a multicast cluster lie side by side, so as to share the larger operand.
-        self.shares_x = config.block_m > config.block_n
+        self.shares_x = shares_x(config, self.m)
         if self.shares_x:
             self.shape = self.m_tiles, pl.cdiv(self.n_tiles, config.multicast)
         else:
@@ -134,7 +135,7 @@ class _Plan:
             "out": _tiled((c.num_warpgroups, c.stagings(self.out_dtype), *self.piece_shape), self.out_dtype),
             "full": plgpu.Barrier(num_arrivals=2 + self.blocked, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
-            "vectors": {name: plgpu.SMEM((2, size), dtype) for name, (size, dtype) in vectors},
+            "vectors": {name: plgpu.SMEM((2, _aligned(size, dtype)), dtype) for name, (size, dtype) in vectors},
         }
         if c.multicast > 1:
             scratch["empty"] = plgpu.ClusterBarrier(
@@ -152,6 +153,12 @@ class _Plan:
                 "free": plgpu.ClusterBarrier(collective_axes=("peer",), num_barriers=c.num_warpgroups),
             }
         return scratch
+
+
+def _aligned(size: int, dtype) -> int:
+    """Elements from one slot of vectors to the next: the copy engine writes to multiples of 128 bytes."""
+    per_line = COPY_ALIGNMENT // jnp.dtype(dtype).itemsize
+    return -(-size // per_line) * per_line
 
 
 def _tiled(shape, dtype):
@@ -233,7 +240,8 @@ def _copy_tiles(plan: _Plan, x, weight, vectors, smem):
             pl.when(count >= 2)(lambda: plgpu.barrier_wait(smem["vectors_empty"].at[place]))
             for name, ref in smem["vectors"].items():
                 along = tokens if name.startswith("x_") else outputs
-                plgpu.copy_gmem_to_smem(vectors[name].at[along], ref.at[place], smem["vectors_full"].at[place])
+                slot = ref.at[place, pl.ds(0, along.size)]
+                plgpu.copy_gmem_to_smem(vectors[name].at[along], slot, smem["vectors_full"].at[place])
         return lax.fori_loop(first, last, lambda step, at: copy_stage(tokens, outputs, step, at), position)
 
     tiles, position = _for_each_tile(plan, visit)
@@ -310,9 +318,9 @@ def _product_exact(plan: _Plan, warpgroup, vectors, smem, first, last, position,
 
 
 def _product_promoted(plan: _Plan, warpgroup, vectors, smem, first, last, position, first_n):
-    """A product a stage (a group, if scales are blocked), added to float32 totals in registers."""
+    """A product every 256 inputs at most (every 128, if scales are blocked), added to float32 totals in registers."""
     c = plan.config
-    depth = BLOCK if plan.blocked else c.block_k
+    depth = BLOCK if plan.blocked or c.block_k % DEEPEST else DEEPEST
 
     def part(slot, i, group):
         def multiply(acc):

@@ -6,17 +6,19 @@ import pytest
 from experiments import _workers
 
 WORKER = """
-import sys, time
+import os, sys, time
 from experiments import _workers
 
 def handle(item):
     if item["does"] == "fail":
         raise ValueError("no such thing")
+    if item["does"] == "fault":
+        raise RuntimeError("INTERNAL: CUDA error: misaligned address")
     with _workers.device_turn():
         _workers.stage(item["does"])
         if item["does"] == "hang":
             time.sleep(60)
-    return {"twice": 2 * item["value"]}
+    return {"twice": 2 * item["value"], "process": os.getpid()}
 
 _workers.serve(handle)
 """
@@ -41,3 +43,11 @@ def test_a_hang_costs_itself_and_its_kin_alone(module):
     assert found[10]["error"] == "hung: hang"
     assert found[11]["error"] == "ValueError: no such thing"
     assert 12 not in found
+
+
+def test_a_device_fault_ends_the_process_that_saw_it(module):
+    """What such a process measures afterwards fails too."""
+    items = [{"value": i, "does": does} for i, does in enumerate(("work", "fault", "work", "fail", "work"))]
+    answers = {answer["value"]: answer for answer in _workers.run(module, items, workers=1, seconds=30)}
+    assert "misaligned" in answers[1]["error"]
+    assert answers[0]["process"] != answers[2]["process"] == answers[4]["process"]

@@ -91,6 +91,14 @@ def test_kernels_in_the_interpreter(rng, m, k, group, gain, epsilon, dtype):
     assert not differing.any() if epsilon is None else differing.mean() <= 1e-2
 
 
+@pytest.mark.parametrize("m", [3, 70])
+def test_scales_of_a_group_are_stored_in_whole_blocks(m):
+    """A contiguous store knows no bounds: 64 scales at the end of a shorter row would run into the next."""
+    jaxpr = jax.make_jaxpr(lambda x: quantize_groups(x, None, None, jnp.int8, 127.0))(jnp.zeros((m, 256)))
+    scales = [v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars if v.aval.shape[:1] == (2,)]
+    assert scales[0] == (2, -(-m // 64) * 64)
+
+
 def test_vmap_is_the_loop(rng):
     x = jnp.stack([rows(rng, 3, 128) for _ in range(2)])
     factors = jnp.asarray(rng.uniform(0.5, 2, (2, 128)), jnp.float32)

@@ -19,8 +19,8 @@ from pallas_kernels.int8_matmul import (
     supports,
     unpack,
 )
-from pallas_kernels.int8_matmul.config import SHARED_MEMORY_BYTES
-from pallas_kernels.int8_matmul.mosaic_gpu import int8_matmul_mosaic_gpu
+from pallas_kernels.int8_matmul.config import SHARED_MEMORY_BYTES, _tuned, bucket
+from pallas_kernels.int8_matmul.mosaic_gpu import _Plan, int8_matmul_mosaic_gpu
 
 E4M3 = ml_dtypes.float8_e4m3fn
 # The result is rounded once, to half an eps of its own size; float32 sums of K products add K eps / 2 of the sum of
@@ -164,8 +164,11 @@ CUTS = {
     "x shared": ("float8_e4m3fn", 256, "token", {"block_m": 256, "block_n": 128, "multicast": 2}),
     "blocks": ("float8_e4m3fn", 128, "block", {"block_m": 128, "block_n": 128}),
     "outputs on rows": ("int8", 16, "token", {"block_m": 16, "block_n": 128, "weights_first": True}),
+    "x shared by outputs on rows": (
+        "int8", 60, "token", {"block_m": 64, "block_n": 64, "num_warpgroups": 1, "weights_first": True, "multicast": 2},
+    ),
     "blocks, outputs on rows": (
-        "float8_e4m3fn", 8, "block", {"block_m": 8, "block_n": 128, "block_k": 256, "weights_first": True},
+        "float8_e4m3fn", 8, "block", {"block_m": 8, "block_n": 128, "block_k": 512, "weights_first": True},
     ),
 }  # fmt: skip
 
@@ -201,6 +204,31 @@ def test_every_candidate_is_supported(m, out_dtype, blocked, dtype):
 
 def test_default_exists_for_the_smallest_problem():
     assert default_config(1, 128, 128, "int8").num_stages >= 2
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("m", [3, 16, 24, 64])
+def test_the_copy_engine_writes_to_multiples_of_128_bytes(m, blocked, dtype):
+    shapes = {"x_scale": (8, m) if blocked else (m,), "w_scale": (8, 3) if blocked else (384,)}
+    vectors = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    vectors["bias"] = jax.ShapeDtypeStruct((384,), jnp.bfloat16)
+    x, weight = (jax.ShapeDtypeStruct((rows, 1024), dtype) for rows in (m, 384))
+    for config in candidates(m, 1024, 384, dtype, blocked=blocked):
+        scratch = _Plan(x, weight, vectors, jnp.dtype(jnp.bfloat16), config).scratch()
+        slots = list(scratch["vectors"].values())
+        assert all(ref.shape[-1] * jnp.dtype(ref.dtype).itemsize % 128 == 0 for ref in slots)
+        if blocked:
+            assert np.prod(scratch["group_scale"].shape[1:]) * 4 % 128 == 0
+
+
+def test_the_table_holds_what_the_kernel_takes():
+    rows = _tuned()
+    assert rows
+    for (dtype, blocked, tokens, k, n), config in rows.items():
+        assert supports(dtype, blocked=blocked, config=config) is None
+        assert default_config(tokens, k, n, dtype, blocked=blocked) == config
+        assert bucket(tokens) == tokens
 
 
 def test_explicit_kernel_never_falls_back(rng):

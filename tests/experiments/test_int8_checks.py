@@ -1,0 +1,46 @@
+"""What verifies the 8-bit kernels on a GPU, against NumPy; and the table of their configurations."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import _int8, tuned_int8
+from pallas_kernels.int8_matmul import Config
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("form", ["token", "tensor", "block", "asymmetric"])
+def test_the_reference_is_exact(rng, form, dtype):
+    form = "token" if dtype != "int8" and form == "asymmetric" else form
+    data = _int8.problem(int(rng.integers(2**31)), 5, 256, 128, dtype, form, bias=True)
+    (weight, w_scale), x, x_scale = data["weights"][0], data["x"], data["x_scale"]
+    wide = lambda a: np.asarray(a, np.float64)  # noqa: E731
+    spread = lambda a, axis: np.repeat(wide(a), 128, axis) if form == "block" else wide(a)  # noqa: E731
+    zero = 0 if data["x_zero_point"] is None else wide(data["x_zero_point"])
+    left = (wide(x) - zero) * spread(x_scale, 1)
+    right = wide(weight).T * spread(spread(w_scale, 0), 1)
+    want = left @ right + wide(data["bias"])
+    got = _int8._exact(x, weight, x_scale, w_scale, data["x_zero_point"], data["bias"])
+    # Sums of integers are exact; of fp8 products, float32 sums of 256: 256 eps / 2 of the sum of magnitudes.
+    assert np.linalg.norm(wide(got) - want) <= (2.0**-22 if dtype == "int8" else 2.0**-16) * np.linalg.norm(want)
+
+
+def test_integer_sums_hold_every_bit():
+    k = 8192
+    x, weight = np.full((1, k), -128, np.int8), np.full((2, k), -128, np.int8)
+    weight[1, :3] = 127, -1, 1
+    sums = np.asarray(_int8._exact_sums(x, weight))
+    np.testing.assert_array_equal(sums, x.astype(np.int64) @ weight.T.astype(np.int64))
+
+
+def test_the_fastest_of_a_full_sweep_is_chosen():
+    configs = [Config(block_m=128, block_n=128, num_stages=stages) for stages in (2, 3, 4, 5)] * 2
+    result = {"what": "time", "shape": "llama3-8b/o", "m": 4096, "dtype": "int8", "form": "token", "ok": True}
+    results = [
+        result | {"config": dataclasses.asdict(config), "kernel_us": 100.0 - i} for i, config in enumerate(configs)
+    ]
+    (row,) = tuned_int8.fastest([*results, results[0] | {"kernel_us": 1.0, "ok": False}])
+    assert row["microseconds"] == 93.0
+    assert Config(**row["config"]) == configs[-1]
+    assert tuned_int8.fastest(results[:7]) == []
