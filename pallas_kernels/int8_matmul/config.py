@@ -205,8 +205,8 @@ def bucket(m: int) -> int:
 @functools.cache
 def _tuned() -> dict[tuple, Config]:
     """The table of the one kind of device that was measured; it serves the other Hoppers too."""
-    rows = json.loads((pathlib.Path(__file__).parent / "tuned.json").read_text())["NVIDIA H200"]
-    return {(row["dtype"], row["blocked"], row["tokens"], row["k"], row["n"]): Config(**row["config"]) for row in rows}
+    rows = json.loads((pathlib.Path(__file__).parent / "tuned.json").read_text())["NVIDIA H200"]["entries"]
+    return {(row["dtype"], row["blocked"], row["m"], row["k"], row["n"]): Config(**row["config"]) for row in rows}
 
 
 def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
