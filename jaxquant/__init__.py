@@ -6,6 +6,7 @@ from jaxquant._lazy import LazyArray as LazyArray
 from jaxquant._ops import dot_general as dot_general
 from jaxquant._ops import ragged_dot as ragged_dot
 from jaxquant._ops import take as take
+from jaxquant._pack_for import pack_for as pack_for
 from jaxquant._qarray import QArray as QArray
 from jaxquant._quantize import dequantize as dequantize
 from jaxquant._quantize import quantize as quantize

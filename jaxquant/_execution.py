@@ -7,8 +7,10 @@ from typing import Any, Literal
 import jax
 from jax.extend import core
 
-from jaxquant import _views
+from jaxquant import _ops, _packed, _views
 from jaxquant._interpreter import Frame, Interpreter, Value
+from jaxquant._outliers import view_weight
+from jaxquant._qarray import QArray
 from jaxquant._views import Unrepresentable
 from jaxquant._weight_rules import RULES
 from jaxquant._weights import Shifted, Weight, cut_shards, dense
@@ -24,7 +26,7 @@ class Use:
         path: the parameter.
         op: the primitive.
         implementation: `"xla"`, a kernel's name, or `"DENSE"` where the weight was dequantized.
-        reason: why it was dequantized, else empty.
+        reason: why it was dequantized, or not given to a kernel, else empty.
     """
 
     path: str
@@ -68,11 +70,15 @@ class Execution(Interpreter):
 
     def sliceable(self, value: Value) -> Value:
         """Gives every leaf the leading dimension in full."""
+
+        def with_leading(q: QArray) -> QArray:
+            return _views.with_leading(q if _packed.stack_dims(q) else _ops.plain(q))
+
         try:
             if isinstance(value, Shifted):
-                weight = Weight(_views.with_leading(value.weight.array), value.path)
+                weight = Weight(view_weight(value.weight.array, with_leading), value.path)
                 return Shifted(weight, value.total_delta(weight.array.dtype))
-            return Weight(_views.with_leading(value.array), value.path)
+            return Weight(view_weight(value.array, with_leading), value.path)
         except Unrepresentable:
             return None
 

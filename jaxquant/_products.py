@@ -67,13 +67,13 @@ def product(x: jax.Array, q: QArray, dims: Dims, dtype: jnp.dtype, shared: dict 
     why = refusal(q, dims)
     if why is not None:
         raise Unrepresentable(why)
-    ready, codes = _ready_activation(x, q, dims, {} if shared is None else shared)
+    ready, codes = ready_activation(x, q, dims, {} if shared is None else shared)
     weight = bare(q)
     result: Any = contract(ready, weight, dims) if codes is None else _straight_through(ready, codes, weight, dims)
     return _finish(result, q, dims).astype(dtype)
 
 
-def _ready_activation(x: jax.Array, q: QArray, dims: Dims, shared: dict) -> tuple[jax.Array, QArray | None]:
+def ready_activation(x: jax.Array, q: QArray, dims: Dims, shared: dict) -> tuple[jax.Array, QArray | None]:
     """Prepares x, and rounds it to codes where the spec asks for them: once for all weights that need the same."""
     leaves = (x, q.pre_scale, q.perm, q.act_scale, q.act_zero_point)
     key = (*map(id, leaves), dims.x_contract, dims.x_batch, padding(q, dims), q.activation)

@@ -24,9 +24,9 @@ class QArray:
 
     Attributes:
         qvalue: codes; uint8 bytes along `axis[-1]` for packed formats, else `format.code_dtype`. In a kernel's layout,
-            what that kernel packs.
+            what that kernel packs, of another rank.
         scale: grid of scales, may be negative.
-        zero_point: grid of uint8, or None.
+        zero_point: grid of uint8, or None. In a kernel's layout, what that kernel subtracts.
         pre_scale: factors of the activation (AWQ, SmoothQuant), of size 1 on every output dimension, or None.
         act_scale: static activation scale, of size 1 but on leading dimensions, or None for dynamic.
         act_zero_point: static activation zero point, alike, or None.
@@ -119,7 +119,7 @@ def codes_of(q: QArray) -> jax.Array:
         ValueError: the layout is a kernel's.
     """
     if q.layout != "plain":
-        raise ValueError(f"codes_of: layout {q.layout!r} is packed for a kernel; unpack it first")
+        raise ValueError(f"codes_of: layout {q.layout!r} is packed for a kernel; jq.pack_for(qparams, 'plain') unpacks it")
     codes = unpack_codes(q.qvalue, q.format, q.axis[-1])
     return jax.lax.slice_in_dim(codes, 0, q.padded, axis=codes.ndim + q.axis[-1])
 

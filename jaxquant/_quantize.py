@@ -2,20 +2,23 @@
 
 import functools
 import itertools
+import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
 
 from jaxquant._calibrate import Calibration, arguments_of, check_reached, gather_statistics, plan_watches
-from jaxquant._calibrated import not_finite, quantize_calibrated
+from jaxquant._calibrated import Job, not_finite
 from jaxquant._infer import infer_axes
 from jaxquant._lazy import load_leaf
 from jaxquant._numerics import all_finite
 from jaxquant._observe import Watch
-from jaxquant._outliers import OutlierArray
-from jaxquant._qarray import QArray, dequantize_array, quantize_array
+from jaxquant._ops import plain
+from jaxquant._outliers import dequantize_weight
+from jaxquant._qarray import QArray, quantize_array
 from jaxquant._report import WeightReport, show_progress
+from jaxquant._resume import Finished, open_finished
 from jaxquant._rules import Assignment, assign
 from jaxquant._sequential import abstract_tree, walk_model
 from jaxquant._spec import QuantConfig, QuantSpec
@@ -34,6 +37,7 @@ def quantize(
     offload: bool = False,
     unseen: Literal["error", "rtn"] = "error",
     report: Callable[[WeightReport], Any] | None = None,
+    resume: str | pathlib.Path | None = None,
 ) -> Any:
     """Quantizes the weights of a parameter tree.
 
@@ -57,6 +61,8 @@ def quantize(
         unseen: what becomes of an expert that no calibration token reached: an error, or round-to-nearest with a note
             in the report.
         report: called with a `WeightReport` for each calibrated weight as it is finished; a `Report` collects them.
+        resume: a folder in which each calibrated weight is kept as it is finished; a second run of the same
+            configuration, parameters and batches goes on from there, to the same bits.
 
     Returns:
         A tree of the same structure with a `QArray` for each quantized weight (an `OutlierArray` where channels stay in
@@ -86,35 +92,45 @@ def quantize(
         raise _missing_data(next(iter(watches)), config)
     walked = _walks(sequential, watches, stats)
     emit = _listener(report, sum(chosen.spec is not None for chosen in assignments.values()))
-
-    def calibrated(path: str, leaf: Any, seen: Statistics | None, name: str) -> QArray | OutlierArray:
-        return quantize_calibrated(name, leaf, assignments[path], config.algorithm, seen, unseen, emit)
-
-    statistics, finished = {}, {}
+    kept = None if resume is None else _open(resume, config, watches, "walk" if walked else "float")
+    job = Job(config.algorithm, assignments, unseen, emit, kept)
     if walked:
-        finished = walk_model(
-            apply_fn,
-            params,
-            batches,
-            watches,
-            lambda unit, w, seen: calibrated(unit.path, w, seen, str(unit)),
-            offload=offload,
-        )
-    elif watches:
-        statistics = stats.statistics if stats else gather_statistics(apply_fn, params, batches, watches)
-        check_reached(watches, statistics)
+        done, statistics = walk_model(apply_fn, params, batches, watches, job, offload=offload), {}
+    else:
+        done = {path: weight for path in watches if (weight := job.restore(path)) is not None}
+        left = {path: watch for path, watch in watches.items() if path not in done}
+        statistics = _statistics(apply_fn, params, batches, left, stats)
 
     def quantize_leaf(path: str, leaf: Any) -> Any:
         chosen = assignments[path]
         if chosen.spec is None:
             return leaf
-        if path in finished:
-            return finished.pop(path)
+        if path in done:
+            return done.pop(path)
         if config.algorithm is None and path not in watches:
             return _round_to_nearest(path, load_leaf(leaf), chosen.spec, chosen.axis)
-        return calibrated(path, load_leaf(leaf), statistics.get(path), path)
+        return job.quantize(path, path, load_leaf(leaf), statistics.get(path))
 
     return map_named(quantize_leaf, params)
+
+
+def _open(resume: str | pathlib.Path, config: QuantConfig, watches: Mapping[str, Watch], form: str) -> Finished:
+    return open_finished(resume, config, {path: watch.shape for path, watch in watches.items()}, form)
+
+
+def _statistics(
+    apply_fn: Callable[..., Any] | None,
+    params: Any,
+    batches: Iterable[Any],
+    watches: Mapping[str, Watch],
+    stats: Calibration | None,
+) -> dict[str, Statistics]:
+    """The statistics of the watched weights: those given, or gathered now."""
+    if not watches:
+        return {}
+    statistics = stats.statistics if stats is not None else gather_statistics(apply_fn, params, batches, watches)
+    check_reached(watches, statistics)
+    return statistics
 
 
 def _walks(sequential: bool | None, watches: Mapping[str, Watch], stats: Calibration | None) -> bool:
@@ -205,17 +221,17 @@ def dequantize(qparams: Any) -> Any:
     """Gives the float tree that a quantized tree stands for.
 
     Args:
-        qparams: a tree with QArrays.
+        qparams: a tree with quantized weights.
 
     Returns:
-        The same tree with a float array, of the original dtype, for each QArray.
+        The same tree with a float array, of the original dtype, for each quantized weight.
 
     >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((128, 8))}
     >>> dequantize(quantize(params, QuantConfig.preset("w8a16")))["kernel"].dtype
     dtype('float32')
     """
-    dequantize_jit = jax.jit(dequantize_array)
+    dequantize_jit = jax.jit(lambda q: dequantize_weight(plain(q)))
     return jax.tree.map(
         lambda leaf: dequantize_jit(leaf) if is_quantized(leaf) else leaf, qparams, is_leaf=is_quantized
     )

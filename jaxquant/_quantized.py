@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant import _ops
 from jaxquant._arguments import Form, split_arguments
 from jaxquant._execution import Execution, OnDense, Use
 from jaxquant._qarray import QArray
@@ -19,7 +20,7 @@ from jaxquant._weights import Weight, dense
 
 
 def quantized(fn: Callable[..., Any], on_dense: OnDense = "record") -> Callable[..., Any]:
-    """Makes a function of float parameters run on quantized ones, wherever in its arguments a `QArray` stands.
+    """Makes a function of float parameters run on quantized ones, wherever in its arguments a quantized weight stands.
 
     The function is traced with float placeholders, so the model's own shape checks and dtype promotion behave, and its
     program is then evaluated with the quantized weights: products, lookups and convolutions multiply codes; views of a
@@ -83,9 +84,9 @@ _einsum = quantized(jnp.einsum)
 
 def _execute(fn: Callable[..., Any], form: Form, arrays: list, on_dense: OnDense) -> tuple[Any, dict[tuple, Use]]:
     """Traces the float model and evaluates it: its result, and what became of each weight."""
-    placeholders = [jax.ShapeDtypeStruct(a.shape, a.dtype) if isinstance(a, QArray) else a for a in arrays]
+    placeholders = [jax.ShapeDtypeStruct(a.shape, a.dtype) if is_quantized(a) else a for a in arrays]
     jaxpr, shapes = jax.make_jaxpr(lambda *arrays: form.call(fn, arrays), return_shape=True)(*placeholders)
-    values = [Weight(a, path) if isinstance(a, QArray) else a for a, path in zip(arrays, form.paths, strict=True)]
+    values = [Weight(a, path) if is_quantized(a) else a for a, path in zip(arrays, form.paths, strict=True)]
     execution = Execution(on_dense)
     outs, _ = execution.run(jaxpr, values)
     returned = {out.path for out in outs if isinstance(out, Weight)}
@@ -184,14 +185,25 @@ def explain(fn: Callable[..., Any], *args: Any, config: QuantConfig | None = Non
         return result
 
     jax.eval_shape(trace, arrays)
-    weights = {path: a for path, a in zip(form.paths, arrays, strict=True) if isinstance(a, QArray)}
+    weights = {path: a for path, a in zip(form.paths, arrays, strict=True) if is_quantized(a)}
     counts = Counter(uses.values())
+    some_packed = any(map(_ops.is_packed, weights.values()))
     rows = [
-        (path, weights[path].qtype, weights[path].bits, weights[path].shape, use.op, use.implementation, use.reason, n)
+        (path, q.qtype, q.bits, q.shape, use.op, use.implementation, _reason(use, q, some_packed), n)
         for use, n in counts.items()
         for path in use.path.split(" + ")
+        for q in (weights[path],)
     ]
     return Explanation(tuple(rows), tuple(_left_in_float(args, kwargs, config)))
+
+
+def _reason(use: Use, weight: Any, some_packed: bool) -> str:
+    """A use's own reason; in a packed tree, also why XLA multiplies this weight."""
+    if use.reason or use.implementation != "xla" or not some_packed:
+        return use.reason
+    if _ops.is_packed(weight):
+        return "unpacked in the program: this use or a view before it has no form in its packed layout"
+    return _ops.packing_refusal(weight) or "not packed"
 
 
 def _left_in_float(args: tuple, kwargs: dict, config: QuantConfig | None) -> list[tuple[str, str, str]]:

@@ -47,7 +47,8 @@ def remake(q: QArray, shape: Sequence[int], axis: tuple[int, ...], padded: int, 
     return dataclasses.replace(q, **leaves, axis=axis, trailing=tuple(shape[lead:]), padded=padded)
 
 
-def _map_grids(q: QArray, fn: Callable[[jax.Array], jax.Array]) -> dict:
+def map_grids(q: QArray, fn: Callable[[jax.Array], jax.Array]) -> dict:
+    """Applies a function to every grid that there is: the leaves by name."""
     return {name: None if getattr(q, name) is None else fn(getattr(q, name)) for name in GRIDS}
 
 
@@ -81,7 +82,7 @@ def unpacked(q: QArray) -> QArray:
         raise Unrepresentable(f"codes of {q.qtype} have no form outside their packed bytes")
     dim, length = packed_dim(q), q.shape[packed_dim(q)]
     codes = jax.lax.slice_in_dim(codes_of(q), 0, length, axis=dim)
-    leaves = _map_grids(q, lambda grid: _slice_grid(grid, dim, q.padded, 0, length))
+    leaves = map_grids(q, lambda grid: _slice_grid(grid, dim, q.padded, 0, length))
     name = "int8" if q.format.kind == "int" else "uint8"
     qtype = name if q.format.packed else q.qtype
     return dataclasses.replace(q, qvalue=codes, **leaves, qtype=qtype, padded=length)
@@ -101,7 +102,7 @@ def transpose(q: QArray, permutation: Sequence[int]) -> QArray:
     """Permutes the dimensions."""
     order, rank = tuple(permutation), q.ndim
     axis = tuple(order.index(rank + a) - rank for a in q.axis)
-    leaves = _map_grids(q, lambda grid: jnp.transpose(grid, order))
+    leaves = map_grids(q, lambda grid: jnp.transpose(grid, order))
     leaves["qvalue"] = jnp.transpose(q.qvalue, order)
     return remake(q, [q.shape[d] for d in order], axis, q.padded, leaves)
 
@@ -117,7 +118,7 @@ def broadcast_in_dim(q: QArray, shape: Sequence[int], dims: Sequence[int]) -> QA
         raise Unrepresentable("it stretches the packed axis")
     codes = [q.qvalue.shape[dims.index(d)] if d == packed else size for d, size in enumerate(shape)]
     spots = {d: i for i, d in enumerate(dims)}
-    leaves = _map_grids(q, lambda grid: grid.reshape([grid.shape[spots[d]] if d in spots else 1 for d in range(rank)]))
+    leaves = map_grids(q, lambda grid: grid.reshape([grid.shape[spots[d]] if d in spots else 1 for d in range(rank)]))
     leaves["qvalue"] = jax.lax.broadcast_in_dim(q.qvalue, codes, dims)
     axis = tuple(dims[q.ndim + a] - rank for a in q.axis)
     return remake(q, shape, axis, q.padded, leaves)
@@ -139,7 +140,7 @@ def slice_dim(q: QArray, dim: int, start: int, limit: int, stride: int = 1) -> Q
     length = q.padded if packed else size
     end = length if packed and limit == size else limit  # the padding stays with the last slice
     qvalue = _slice_packed(q, start, end, stride) if packed else _slice(q.qvalue, dim, start, end, stride)
-    leaves = _map_grids(q, lambda grid: _slice_grid(grid, dim, length, start, end, stride))
+    leaves = map_grids(q, lambda grid: _slice_grid(grid, dim, length, start, end, stride))
     shape = [len(range(start, limit, stride)) if d == dim else n for d, n in enumerate(q.shape)]
     return remake(q, shape, q.axis, end - start if packed else q.padded, leaves | {"qvalue": qvalue})
 
@@ -206,7 +207,7 @@ def take(q: QArray, indices: jax.Array, dim: int, mode: Any = "fill") -> QArray:
         how = mode if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1 else "clip"
         return x.at[(*whole, indices)].get(mode=how, wrap_negative_indices=False)
 
-    leaves = _map_grids(q, lambda grid: gather(refine(grid, dim, q.shape[dim]))) | {"qvalue": gather(q.qvalue)}
+    leaves = map_grids(q, lambda grid: gather(refine(grid, dim, q.shape[dim]))) | {"qvalue": gather(q.qvalue)}
     shape = [*q.shape[:dim], *indices.shape, *q.shape[dim + 1 :]]
     axis = tuple(a if q.ndim + a > dim else a - indices.ndim + 1 for a in q.axis if q.ndim + a != dim)
     return remake(q, shape, axis, q.padded, leaves)
@@ -219,7 +220,7 @@ def _map_dim(q: QArray, dim: int, fn: Callable[[jax.Array], jax.Array], size: in
         return grid if grid.shape[dim] == 1 else fn(refine(grid, dim, q.shape[dim]))
 
     shape = [size if d == dim else n for d, n in enumerate(q.shape)]
-    return remake(q, shape, q.axis, q.padded, _map_grids(q, on_grid) | {"qvalue": fn(q.qvalue)})
+    return remake(q, shape, q.axis, q.padded, map_grids(q, on_grid) | {"qvalue": fn(q.qvalue)})
 
 
 def concatenate(parts: Sequence[QArray], dim: int) -> QArray:
@@ -268,7 +269,7 @@ def with_leading(q: QArray) -> QArray:
     """
     if packed_dim(q) == 0:
         raise Unrepresentable("it slices the packed axis")
-    leaves = _map_grids(q, lambda grid: refine(grid, 0, q.shape[0])) | {"qvalue": q.qvalue}
+    leaves = map_grids(q, lambda grid: refine(grid, 0, q.shape[0])) | {"qvalue": q.qvalue}
     return remake(q, q.shape, tuple(a for a in q.axis if a != -q.ndim), q.padded, leaves)
 
 
@@ -308,7 +309,7 @@ def reshape(q: QArray, shape: Sequence[int]) -> QArray:
     axis = (*(d - len(shape) for d in sorted(contracting - {home})), home - len(shape))
     length = q.padded if not moved else shape[home]
     stored = [length if d == home else n for d, n in enumerate(shape)]
-    leaves = _map_grids(q, lambda grid: _reshape_grid(grid, code_shape(q), stored, groups))
+    leaves = map_grids(q, lambda grid: _reshape_grid(grid, code_shape(q), stored, groups))
     codes = [q.qvalue.shape[packed] * length // q.padded if d == home else n for d, n in enumerate(shape)]
     return remake(q, shape, axis, length, leaves | {"qvalue": q.qvalue.reshape(codes)})
 

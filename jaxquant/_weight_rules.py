@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxquant import _ops, _views
+from jaxquant import _ops, _packed, _views
 from jaxquant._convolution import convolution, convolution_refusal
 from jaxquant._interpreter import Frame, Value, bind, result_of
+from jaxquant._outliers import OutlierArray, multiply_weight, view_weight
 from jaxquant._qarray import QArray
 from jaxquant._views import Unrepresentable
 from jaxquant._weights import Shifted, Weight
@@ -30,10 +31,13 @@ def _product(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) -
     why = _ops.why_dense(q, first, numbers)
     if why is not None or not jnp.issubdtype(x.dtype, jnp.floating):
         return why or f"it meets {x.dtype}"
-    run.record(frame, eqn, weight.path, "xla")
-    pair = (q, x) if first else (x, q)
-    result = _ops.dot_general(*pair, numbers, jnp.float32 if shifted else dtype, shared=frame.region.shared)
-    return [(result + _delta_product(weight, x, numbers, first)).astype(dtype) if shifted else result]
+    pair, (name, reason) = (q, x) if first else (x, q), _ops.implementation(q, first, numbers, x.dtype, dtype)
+    run.record(frame, eqn, weight.path, name, reason)
+    wide = jnp.float32 if shifted and name == "xla" else dtype
+    result = _ops.dot_general(*pair, numbers, wide, shared=frame.region.shared)
+    if not shifted:
+        return [result]
+    return [(result.astype(jnp.float32) + _delta_product(weight, x, numbers, first)).astype(dtype)]
 
 
 def _delta_product(value: Shifted, x: jax.Array, numbers: Any, weight_first: bool) -> jax.Array:
@@ -69,7 +73,8 @@ def _gather(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) ->
     order = [rests[numbers.offset_dims.index(d)] if d in numbers.offset_dims else next(spots) for d in range(rank)]
     try:
         if dim < len(q.lead) and len(q.trailing) > 1:  # whole matrices, as an expert's: they stay quantized
-            return [Weight(_views.transpose(_views.take(q, indices, dim, mode), order), weight.path)]
+            taken = view_weight(q, lambda part: _permuted(_taken(part, indices, dim, mode), order))
+            return [Weight(taken, weight.path)]
         rows = _ops.take_rows(q, indices, dim, mode)
     except (Unrepresentable, NotImplementedError) as error:
         return str(error)
@@ -88,17 +93,24 @@ def _ragged(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) ->
     )
     if not plain or not isinstance(rhs, Weight) or run.is_special(lhs):
         return "only [M, K] x [E, K, N] ragged products have a quantized form"
+    try:
+        result = _ops.ragged_dot(lhs, rhs.array, group_sizes, result_of(eqn).dtype)
+    except NotImplementedError as error:
+        return str(error)
     run.record(frame, eqn, rhs.path, "xla")
-    return [_ops.ragged_dot(lhs, rhs.array, group_sizes, result_of(eqn).dtype)]
+    return [result]
 
 
 def _convolve(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) -> Sequence[Value] | str:
     x, kernel = values
     if not isinstance(kernel, Weight) or run.is_special(x):
         return "only the kernel of a convolution may be quantized"
+    if isinstance(kernel.array, OutlierArray):
+        return "convolutions have no form for outlier channels"
     try:
-        why = convolution_refusal(kernel.array, eqn.params)
-        result = None if why else convolution(x, kernel.array, eqn.params, result_of(eqn).dtype)
+        q = _ops.plain(kernel.array)
+        why = convolution_refusal(q, eqn.params)
+        result = None if why else convolution(x, q, eqn.params, result_of(eqn).dtype)
     except Unrepresentable as error:
         why = str(error)
     if why is not None:
@@ -131,10 +143,10 @@ def _negate(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) ->
 
 def _scaled(value: Weight | Shifted, factor: jax.Array) -> Weight | Shifted:
     if isinstance(value, Weight):
-        return Weight(_views.multiply(value.array, factor), value.path)
+        return Weight(multiply_weight(value.array, factor), value.path)
     delta = None if value.delta is None else value.delta * factor.astype(value.delta.dtype)
     factors = tuple((a * factor.astype(a.dtype), b) for a, b in value.factors)
-    weight = Weight(_views.multiply(value.weight.array, factor), value.path)
+    weight = Weight(multiply_weight(value.weight.array, factor), value.path)
     return Shifted(weight, delta, factors)
 
 
@@ -181,7 +193,7 @@ def _view(make: View) -> Callable:
             parts = rule(run, frame, eqn, [value.weight, *rest])
             return parts if isinstance(parts, str) else [Shifted(p, d) for p, d in zip(parts, delta, strict=True)]
         try:
-            made = make(value.array, eqn, rest)
+            made = view_weight(value.array, lambda q: make(q if _survives(q, eqn) else _ops.plain(q), eqn, rest))
         except Unrepresentable as error:
             return str(error)
         except ValueError as error:
@@ -191,6 +203,29 @@ def _view(make: View) -> Callable:
     return rule
 
 
+# Views that leave the codes as they are, whatever their layout, or that know how to keep it.
+_KEEP_LAYOUT = {"convert_element_type", "copy", "copy_p", "stop_gradient", "name", "pvary", "sharding_constraint"}
+_KEEP_LAYOUT |= {"transpose", "reshape", "squeeze", "expand_dims"}
+
+
+def _survives(q: QArray, eqn: core.JaxprEqn) -> bool:
+    """Whether a view keeps the layout that a weight is packed in: it touches no codes, or cuts only its stack."""
+    if q.layout == "plain" or eqn.primitive.name in _KEEP_LAYOUT:
+        return True
+    whole = q.shape[_packed.stack_dims(q) :]
+    cuts = eqn.primitive.name in ("slice", "dynamic_slice", "split")
+    return cuts and all(out.aval.shape[q.ndim - len(whole) :] == whole for out in eqn.outvars)
+
+
+def _permuted(q: QArray, order: Sequence[int]) -> QArray:
+    packed = None if q.layout == "plain" else _packed.transposed(q, order)
+    return _views.transpose(_ops.plain(q), order) if packed is None else packed
+
+
+def _taken(q: QArray, indices: jax.Array, dim: int, mode: Any) -> QArray:
+    return _views.take(q if dim < _packed.stack_dims(q) else _ops.plain(q), indices, dim, mode)
+
+
 def _convert(q: QArray, eqn: core.JaxprEqn, _: list) -> QArray:
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         raise Unrepresentable(f"it becomes {eqn.params['new_dtype']}")
@@ -198,7 +233,8 @@ def _convert(q: QArray, eqn: core.JaxprEqn, _: list) -> QArray:
 
 
 def _reshape(q: QArray, eqn: core.JaxprEqn, _: list) -> QArray:
-    return _views.reshape(q, result_of(eqn).shape)
+    packed = None if q.layout == "plain" else _packed.reshaped(q, result_of(eqn).shape)
+    return _views.reshape(_ops.plain(q), result_of(eqn).shape) if packed is None else packed
 
 
 def _slice(q: QArray, eqn: core.JaxprEqn, _: list) -> QArray:
@@ -215,7 +251,10 @@ def _dynamic_slice(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: l
     if isinstance(value, Weight) and value.array.ndim == 2 and sizes.count(1) == 1:
         dim = sizes.index(1)
         if value.array.shape[dim] > 1 and sizes[1 - dim] == value.array.shape[1 - dim]:
-            row = _ops.take_rows(value.array, jnp.asarray(starts[dim])[None], dim, "clip")
+            try:
+                row = _ops.take_rows(value.array, jnp.asarray(starts[dim])[None], dim, "clip")
+            except (Unrepresentable, NotImplementedError) as error:
+                return str(error)
             run.record(frame, eqn, value.path, "xla")
             return [row]
     return _cut(run, frame, eqn, values)
@@ -251,7 +290,9 @@ def _concatenate(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: lis
     if not all(isinstance(value, Weight) for value in values):
         return "it joins quantized and float weights"
     try:
-        joined = _views.concatenate([value.array for value in values], eqn.params["dimension"])
+        if any(isinstance(value.array, OutlierArray) for value in values):
+            return "it joins weights that have outlier channels"
+        joined = _views.concatenate([_ops.plain(value.array) for value in values], eqn.params["dimension"])
     except Unrepresentable as error:
         return str(error)
     return [Weight(joined, " + ".join(dict.fromkeys(value.path for value in values)))]
@@ -269,7 +310,7 @@ RULES = {
     "optimization_barrier": _barrier,
     "concatenate": _concatenate,
     "convert_element_type": _view(_convert),
-    "transpose": _view(lambda q, eqn, _: _views.transpose(q, eqn.params["permutation"])),
+    "transpose": _view(lambda q, eqn, _: _permuted(q, eqn.params["permutation"])),
     "reshape": _view(_reshape),
     "squeeze": _view(_reshape),
     "expand_dims": _view(_reshape),

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant import _views
-from jaxquant._qarray import QArray, dequantize_array
+from jaxquant import _ops, _views
+from jaxquant._outliers import OutlierArray, dequantize_weight
+from jaxquant._qarray import QArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Weight:
         path: where its parameter lies in the tree.
     """
 
-    array: QArray
+    array: QArray | OutlierArray
     path: str
 
 
@@ -58,8 +59,8 @@ jax.tree_util.register_dataclass(Shifted, data_fields=["weight", "delta", "facto
 def dense(value: Weight | Shifted) -> jax.Array:
     """The float array that a weight, or a sum with one, stands for."""
     if isinstance(value, Weight):
-        return dequantize_array(value.array)
-    weight = dequantize_array(value.weight.array)
+        return dequantize_weight(_ops.plain(value.array))
+    weight = dequantize_weight(_ops.plain(value.weight.array))
     return weight + value.total_delta(weight.dtype)
 
 
@@ -75,7 +76,7 @@ def cut_shards(value: Weight, spec: Any, mesh: Any) -> tuple[Weight, Any, Callab
         (the weight with grids fine enough, the partition of every leaf, what gives a shard its own sizes); None where a
         cut would fall inside a byte.
     """
-    q = value.array
+    q = _ops.plain(value.array)
     names = [*spec, *([None] * (q.ndim - len(spec)))]
     cuts = [math.prod(mesh.shape[n] for n in ((s,) if isinstance(s, str) else s or ())) for s in names]
     packed = _views.packed_dim(q)

@@ -19,6 +19,9 @@ def dequantize(qweight: jax.Array, scale: jax.Array, zero_point: jax.Array | Non
 
 def int4_matmul_reference(x, qweight, scale, zero_point=None, bias=None) -> jax.Array:
     """`x @ dequantize(weight) + bias`, the weight rounded to x's dtype, float32 sums: `[M, N padded to 64]`."""
+    x = lax.optimization_barrier(
+        x
+    )  # XLA's CPU backend (jax 0.11.2) refuses a 16-bit product that a gather is fused into
     weight = dequantize(qweight, scale, zero_point, x.shape[-1]).astype(x.dtype)
     out = lax.dot_general(x, weight, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     if bias is not None:

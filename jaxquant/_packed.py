@@ -1,0 +1,123 @@
+"""Weights packed for a kernel: their matrix [K, N], its grids, and the views that survive the packing.
+
+A packed `QArray` keeps its grids as they are; `qvalue` is `[*stack, ...]` with the kernel's four dimensions behind the
+stack: the leading dimensions that are no outputs of one product (layers, experts, heads). K runs over the contracting
+axes in the order of `axis`, N over the other dimensions behind the stack in their own order.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant._qarray import QArray
+from jaxquant._qtypes import as_signed
+from jaxquant._views import Unrepresentable, code_shape, common_factors, map_grids, refine, remake, reshape
+
+TILE_DIMS = 4
+
+
+def stack_dims(q: QArray) -> int:
+    """How many leading dimensions stay in front: of a packed weight, or of a plain one that will be packed."""
+    if q.layout != "plain":
+        return q.qvalue.ndim - TILE_DIMS
+    lead = len(q.lead)
+    return lead if len(q.trailing) > len(q.axis) else max(lead - 1, 0)
+
+
+def contracting_dims(q: QArray) -> tuple[int, ...]:
+    """The contracting dimensions counted from the front, in the order in which they make K."""
+    return tuple(q.ndim + a for a in q.axis)
+
+
+def output_dims(q: QArray) -> tuple[int, ...]:
+    """The dimensions that make N."""
+    return tuple(d for d in range(stack_dims(q), q.ndim) if d - q.ndim not in q.axis)
+
+
+def matrix_order(q: QArray) -> tuple[int, ...]:
+    """The permutation that leads to [*stack, *K, *N]."""
+    return (*range(stack_dims(q)), *contracting_dims(q), *output_dims(q))
+
+
+def matrix_shape(q: QArray) -> tuple[int, int]:
+    """(K, N), group padding included."""
+    shape = code_shape(q)
+    return math.prod(shape[d] for d in contracting_dims(q)), math.prod(shape[d] for d in output_dims(q))
+
+
+def codes_to_matrix(codes: jax.Array, q: QArray) -> jax.Array:
+    """Gives the signed codes -8..7 of a plain weight as the kernels' matrix.
+
+    Args:
+        codes: its unpacked codes.
+        q: the weight.
+
+    Returns:
+        int8 [*stack, K, N].
+    """
+    signed = codes if q.format.kind == "int" else as_signed(codes) - jnp.int8(8)
+    matrix = jnp.transpose(signed, matrix_order(q))
+    return matrix.reshape(*q.shape[: stack_dims(q)], *matrix_shape(q))
+
+
+def codes_from_matrix(matrix: jax.Array, q: QArray) -> jax.Array:
+    """Undoes `codes_to_matrix`, for a packed weight."""
+    order, shape = matrix_order(q), code_shape(q)
+    back = sorted(range(q.ndim), key=order.__getitem__)
+    signed = jnp.transpose(matrix.reshape([shape[d] for d in order]), back)
+    return signed if q.format.kind == "int" else (signed + jnp.int8(8)).astype(jnp.uint8)
+
+
+def group_cells(q: QArray) -> tuple[int, ...]:
+    """Cells of each contracting dimension, refined until they are equal runs of K; their product is the groups."""
+    dims, shape = contracting_dims(q), code_shape(q)
+    grids = [grid for grid in (q.scale, q.zero_point) if grid is not None]
+    held = [math.lcm(*(grid.shape[d] for grid in grids)) for d in dims]
+    last = max((i for i, count in enumerate(held) if count > 1), default=0)
+    return tuple(shape[d] if i < last else count for i, (d, count) in enumerate(zip(dims, held, strict=True)))
+
+
+def grid_to_matrix(grid: jax.Array, q: QArray) -> jax.Array:
+    """Gives a grid of a weight as the kernels' [*stack, groups, N]."""
+    for d, cells in zip(contracting_dims(q), group_cells(q), strict=True):
+        grid = refine(grid, d, cells)
+    for d in (*range(stack_dims(q)), *output_dims(q)):
+        grid = refine(grid, d, q.shape[d])
+    matrix = jnp.transpose(grid, matrix_order(q))
+    return matrix.reshape(*q.shape[: stack_dims(q)], math.prod(group_cells(q)), matrix_shape(q)[1])
+
+
+def transposed(q: QArray, permutation: Sequence[int]) -> QArray | None:
+    """The packed weight with permuted dimensions, or None where N would run in another order."""
+    order, stack = tuple(permutation), stack_dims(q)
+    outputs = [order.index(d) for d in output_dims(q)]
+    if sorted(order[:stack]) != list(range(stack)) or outputs != sorted(outputs):
+        return None
+    axis = tuple(order.index(d) - q.ndim for d in contracting_dims(q))
+    leaves = map_grids(q, lambda grid: jnp.transpose(grid, order))
+    leaves["qvalue"] = jnp.transpose(q.qvalue, (*order[:stack], *range(stack, stack + TILE_DIMS)))
+    return remake(q, [q.shape[d] for d in order], axis, q.padded, leaves)
+
+
+def reshaped(q: QArray, shape: Sequence[int]) -> QArray | None:
+    """The packed weight in another shape, or None where stack, K and N would mix or run in another order."""
+    codes = list(code_shape(q))
+    codes[q.axis[-1]] = -(-q.padded // 8) * q.format.bits
+    plain = dataclasses.replace(q, qvalue=jnp.zeros(codes, jnp.uint8), layout="plain")
+    try:
+        made = reshape(plain, tuple(shape))
+    except Unrepresentable:
+        return None
+    stack, contracting = stack_dims(q), contracting_dims(q)
+    kinds = ["stack" if d < stack else "K" if d in contracting else "N" for d in range(q.ndim)]
+    mixed = any(len({kinds[d] for d in before if q.shape[d] > 1}) > 1 for before, _ in common_factors(q.shape, shape))
+    in_order = list(q.axis) == sorted(q.axis) and list(made.axis) == sorted(made.axis)
+    if mixed or not in_order or made.qtype != q.qtype:
+        return None
+    whole = math.prod(q.shape[:stack])
+    front = next(d for d in range(len(shape) + 1) if math.prod(shape[:d]) == whole)
+    qvalue = q.qvalue.reshape(*shape[:front], *q.qvalue.shape[stack:])
+    return dataclasses.replace(made, qvalue=qvalue, layout=q.layout)
