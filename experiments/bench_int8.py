@@ -61,6 +61,15 @@ def verify_items() -> list[dict]:
         (130, 4096, 4096),
         (520, 2048, 1152),
     )
+    thirds = config(block_m=192, block_n=128, num_warpgroups=3)
+    items += [
+        {"m": 1000, "k": 2048, "n": 1152, "dtype": dtype, "form": form, "config": thirds | {"multicast": multicast}}
+        for dtype, form, multicast in (
+            ("float8_e4m3fn", "block", 1),
+            ("float8_e4m3fn", "block", 2),
+            ("int8", "token", 2),
+        )
+    ]
     for dtype in DTYPES:
         items += [{"m": m, "k": k, "n": n, "dtype": dtype, "form": "token", "bias": True} for m, k, n in sizes]
         items += [{"m": m, "k": 2048, "n": 1152, "dtype": dtype, "form": "tensor"} for m in (5, 300)]

@@ -173,6 +173,7 @@ def candidates(m: int, k: int, n: int, x_dtype, *, blocked: bool = False, out_dt
             for multicast in (1, 2)
             for width in (8, 16)
         ]
+        cuts += [{"block_m": 192, "block_n": 128, "num_warpgroups": 3, "multicast": multicast} for multicast in (1, 2)]
         cuts += [{"block_m": 64, "block_n": 128, "num_warpgroups": 1, "split_k": split} for split in (1, 2, 4)]
     return [config for cut in cuts if (config := _deepest(cut, k, x_dtype, blocked, out_dtype)) is not None]
 
@@ -223,7 +224,7 @@ def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
     copy = max(weight_bytes / min(m_tiles, 8) * blocks / 4.3e6, fetched * blocks / 10.8e6, fetched * waves / 119e3)
     copy *= max(1.0, 21.6e3 / (c.num_stages * c.block_n * c.block_k))
     products = waves * c.block_m * c.block_n * steps * c.block_k / 5.83e6
-    products *= 1.0 if c.block_m * c.block_n > BLOCK * BLOCK else 1.07
+    products *= 1.0 if c.block_m * c.block_n >= 2 * BLOCK * BLOCK else 1.07
     # Stores to another SM's shared memory are 8 bytes a thread; clusters of four take turns at them.
     reduction = 1.33e-4 * c.block_m * c.block_n * c.split_k * (c.split_k - 1) / 2
     return 2.7 + max(copy, products) + waves * (0.0087 * steps + reduction + 0.7)
