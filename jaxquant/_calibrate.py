@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import itertools
+import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxquant._arguments import Form, split_arguments
 from jaxquant._infer import infer_axes
@@ -17,6 +19,7 @@ from jaxquant._statistics import FLOAT_NEEDS, Statistics
 from jaxquant._tracking import track
 from jaxquant._tree import named_leaves
 from jaxquant.algorithms._apply import needed_statistics
+from jaxquant.checkpoint import load, save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,41 @@ class Calibration:
             odd = sorted(self.statistics.keys() ^ other.statistics.keys())
             raise ValueError(f"Calibration.merge: of different models or configurations; not in both: {odd[:5]}")
         return Calibration(_merge(self.statistics, other.statistics), self.axes)
+
+    def save(self, path: str | pathlib.Path, *, overwrite: bool = False) -> None:
+        """Writes the statistics to a folder, as `jaxquant.save` does.
+
+        Args:
+            path: the folder.
+            overwrite: replaces what is there.
+        """
+        held = {
+            name: {field: leaf for field, leaf in vars(stats).items() if leaf is not None}
+            for name, stats in self.statistics.items()
+        }
+        axes = {name: np.asarray(axis, np.int32) for name, axis in self.axes.items()}
+        save(path, {"statistics": held, "axes": axes}, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> "Calibration":
+        """Reads what `save` wrote.
+
+        Args:
+            path: the folder.
+
+        Returns:
+            The calibration.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
+        held = load(path)
+        if not isinstance(held, dict) or held.keys() != {"statistics", "axes"}:
+            raise ValueError(
+                f"Calibration.load: {path} holds no calibration; give a folder that Calibration.save wrote"
+            )
+        axes = {name: tuple(map(int, axis)) for name, axis in held["axes"].items()}
+        return cls({name: Statistics(**fields) for name, fields in held["statistics"].items()}, axes)
 
 
 def _flatten(calibration: Calibration) -> tuple[tuple, tuple]:
@@ -104,8 +142,8 @@ def calibrate(apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any],
     for path, watch in watches.items():
         if watch.needs & FLOAT_NEEDS:
             raise ValueError(
-                f"calibrate: {config.algorithm.name!r} for {path} compares the quantized model with the float one, which is"
-                " all there is here; give quantize(...) apply_fn and batches"
+                f"calibrate: {config.algorithm.name!r} for {path} compares the quantized model with the float one, and"
+                " here is the float one only; give quantize(...) apply_fn and batches"
             )
     statistics = gather_statistics(apply_fn, params, itertools.chain([first], batches), watches)
     check_reached(watches, statistics)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,10 +13,59 @@ from jaxquant._numerics import all_finite
 from jaxquant._outliers import OutlierArray, dequantize_weight
 from jaxquant._qarray import QArray
 from jaxquant._report import WeightReport, make_row, signal_to_noise
+from jaxquant._resume import Finished
 from jaxquant._rules import Assignment
 from jaxquant._statistics import Statistics
 from jaxquant.algorithms._apply import quantize_weight
 from jaxquant.algorithms._transform import WeightTransform
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What quantizing every weight of one run has in common.
+
+    Attributes:
+        algorithm: what rounds; None is round-to-nearest.
+        assignments: spec and contracting axes by path.
+        unseen: `"error"` or `"rtn"`: what becomes of matrices that no token reached.
+        emit: told the report of each weight.
+        finished: weights of an interrupted run, or None.
+    """
+
+    algorithm: WeightTransform | None
+    assignments: Mapping[str, Assignment]
+    unseen: str
+    emit: Callable[[WeightReport], None]
+    finished: Finished | None
+
+    def restore(self, name: str) -> QArray | OutlierArray | None:
+        """A weight that an interrupted run finished, or None."""
+        if self.finished is None or name not in self.finished:
+            return None
+        weight, row = self.finished.get(name)
+        self.emit(row)
+        return weight
+
+    def quantize(self, path: str, name: str, leaf: Any, stats: Statistics | None) -> QArray | OutlierArray:
+        """Quantizes a weight, or a part of one.
+
+        Args:
+            path: the parameter.
+            name: in reports: the path, and which layer of a stack.
+            leaf: the float array.
+            stats: statistics of its inputs, or None where nothing is needed.
+
+        Returns:
+            The quantized weight.
+
+        Raises:
+            ValueError: the weight holds NaN or Inf, or a matrix of it saw no token and `unseen` is `"error"`.
+        """
+        weight, row = quantize_calibrated(name, leaf, self.assignments[path], self.algorithm, stats, self.unseen)
+        if self.finished is not None:
+            self.finished.put(name, weight, row)
+        self.emit(row)
+        return weight
 
 
 def quantize_calibrated(
@@ -26,25 +75,8 @@ def quantize_calibrated(
     algorithm: WeightTransform | None,
     stats: Statistics | None,
     unseen: str,
-    emit: Callable[[WeightReport], None],
-) -> QArray | OutlierArray:
-    """Quantizes one weight by an algorithm.
-
-    Args:
-        path: the parameter.
-        leaf: its float array.
-        chosen: its spec, not None, and its contracting axes.
-        algorithm: what rounds it; None is round-to-nearest.
-        stats: statistics of its inputs, or None where nothing is needed.
-        unseen: `"error"` or `"rtn"`: what becomes of matrices that no token reached.
-        emit: told the report.
-
-    Returns:
-        The quantized weight.
-
-    Raises:
-        ValueError: the weight holds NaN or Inf, or a matrix of it saw no token and `unseen` is `"error"`.
-    """
+) -> tuple[QArray | OutlierArray, WeightReport]:
+    """Quantizes one weight by an algorithm; see `Job.quantize`."""
     start = time.perf_counter()
     spec = chosen.spec
     if spec is None:
@@ -64,8 +96,7 @@ def quantize_calibrated(
         quantized = _replace_unseen(quantized, nearest, jnp.asarray(seen))
     ratio = float(signal_to_noise(w, _dequantize(quantized)))  # waits, so that no more than one weight is in flight
     name = algorithm.name if algorithm is not None else "rtn"
-    emit(make_row(path, name or "rtn", ratio, numbers, time.perf_counter() - start, note))
-    return quantized
+    return quantized, make_row(path, name or "rtn", ratio, numbers, time.perf_counter() - start, note)
 
 
 _all_finite = jax.jit(all_finite)

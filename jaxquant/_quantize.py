@@ -139,8 +139,8 @@ def _walks(sequential: bool | None, watches: Mapping[str, Watch], stats: Calibra
     if compared and (sequential is False or stats is not None):
         given = "stats" if stats is not None else "sequential=False"
         raise ValueError(
-            f"quantize: the algorithm for {compared[0]} compares the quantized model's activations with the float one's;"
-            f" {given} gives only these: give apply_fn and batches, and leave sequential out"
+            f"quantize: the algorithm for {compared[0]} compares the quantized model's activations with the float one's"
+            f", and {given} has only those: give apply_fn and batches, and leave sequential out"
         )
     if sequential and stats is not None:
         raise ValueError("quantize: sequential=True gathers its own statistics; give apply_fn and batches, not stats")

@@ -10,10 +10,9 @@ from jaxquant._calibrate import arguments_of, check_reached
 from jaxquant._flat import flatten_program
 from jaxquant._lazy import LazyArray
 from jaxquant._observe import Watch
-from jaxquant._plan import Unit, plan_walk
-from jaxquant._statistics import Statistics
+from jaxquant._plan import plan_walk
 from jaxquant._tree import map_named, named_leaves
-from jaxquant._walk import Inputs, Walk, stack_units
+from jaxquant._walk import Inputs, Quantizer, Walk, stack_units
 
 
 def walk_model(
@@ -21,7 +20,7 @@ def walk_model(
     params: Any,
     batches: Iterable[Any],
     watches: Mapping[str, Watch],
-    quantize_unit: Callable[[Unit, jax.Array, Statistics], Any],
+    quantizer: Quantizer,
     *,
     offload: bool = False,
 ) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def walk_model(
         params: its parameters; leaves may be lazy.
         batches: calibration inputs, all of one form.
         watches: what to gather, by path.
-        quantize_unit: makes a quantized weight of (unit, float weight, statistics).
+        quantizer: makes quantized weights.
         offload: whether activations wait in the host's memory.
 
     Returns:
@@ -58,8 +57,9 @@ def walk_model(
     plan = plan_walk(flat, form.paths, watches)
     check_reached(watches, {unit.path: unit for meet in plan.meets for unit in meet.units})
     parameters = {path: leaf for path, leaf in named_leaves(params) if hasattr(leaf, "shape")}
-    walk = Walk(flat, plan, watches, Inputs(parameters, lanes, offload), quantize_unit)
+    walk = Walk(flat, plan, watches, Inputs(parameters, lanes, offload), quantizer)
     done = walk.run()
+    check_reached(watches, {unit.path: unit for unit in done})  # a branch may hold a weight and never multiply it
     return {path: stack_units(done, path, watch.shape) for path, watch in watches.items()}
 
 

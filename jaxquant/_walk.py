@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,16 @@ class Inputs:
     offload: bool = False
 
 
+class Quantizer(Protocol):
+    """What makes quantized weights."""
+
+    def restore(self, name: str) -> Any | None:
+        """A weight that an interrupted run finished, or None."""
+
+    def quantize(self, path: str, name: str, leaf: Any, stats: Statistics | None) -> Any:
+        """Quantizes a unit of the parameter at `path`."""
+
+
 class Walk:
     """One evaluation of a flat program; `run` gives the quantized units.
 
@@ -64,11 +74,11 @@ class Walk:
         plan: Plan,
         watches: Mapping[str, Watch],
         inputs: Inputs,
-        quantize_unit: Callable[[Unit, Any, Statistics], Any],
+        quantizer: Quantizer,
     ) -> None:
-        """Takes the program, where it meets weights, what it starts from, and what quantizes a unit."""
+        """Takes the program, where it meets weights, what it starts from, and what quantizes."""
         self.body, self.plan, self.watches, self.inputs = flat.jaxpr, plan, watches, inputs
-        self.quantize_unit = quantize_unit
+        self.quantizer = quantizer
         self.frame = Frame(self.body, Region(), ())
         self.streams = 2 if any(watch.needs & FLOAT_NEEDS for watch in watches.values()) else 1
         self.makers = {var: number for number, eqn in enumerate(self.body.eqns) for var in eqn.outvars}
@@ -80,6 +90,7 @@ class Walk:
         self.kinds = self._classify()
         self.pending = self._count_readers()
         self.left = _count([unit for meet in plan.meets for unit in meet.units])
+        self.known = {unit: weight for unit in self.left if (weight := quantizer.restore(str(unit))) is not None}
         self.floats: dict[Unit, jax.Array] = {}
         self.statistics: dict[Unit, Statistics] = {}
         self.done: dict[Unit, Any] = {}
@@ -97,16 +108,24 @@ class Walk:
         for meet in self.plan.meets:
             targets = self.targets(meet)
             self.materialize(targets)
-            for unit, seen in self.observe(meet).items():
-                held = self.statistics.get(unit)
-                self.statistics[unit] = seen if held is None else merge_stacks(held, seen)
+            if not all(unit in self.known for unit in meet.units):
+                for unit, seen in self.observe(meet).items():
+                    held = self.statistics.get(unit)
+                    self.statistics[unit] = seen if held is None else merge_stacks(held, seen)
             for unit in meet.units:
                 self.left[unit] -= 1
-                if not self.left[unit] and unit in self.statistics:
-                    weight = self.float_unit(unit)
-                    self.done[unit] = self.quantize_unit(unit, weight, self.statistics.pop(unit))
+                if not self.left[unit]:
+                    self.finish(unit)
             self._release(targets)
         return self.done
+
+    def finish(self, unit: Unit) -> None:
+        """Quantizes a unit whose products have all been met; a branch may hold one that it never multiplies."""
+        if unit in self.known:
+            self.done[unit] = self.known.pop(unit)
+        elif unit in self.statistics:
+            weight, stats = self.float_unit(unit), self.statistics.pop(unit)
+            self.done[unit] = self.quantizer.quantize(unit.path, str(unit), weight, stats)
 
     def targets(self, meet: Meet) -> list[core.Var]:
         """What a meet reads."""

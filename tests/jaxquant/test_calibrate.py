@@ -134,6 +134,19 @@ def test_branches_pool_and_batches_merge(rng):
     jax.tree.map(np.testing.assert_array_equal, merged, whole)
 
 
+def test_a_calibration_is_saved_and_loaded(rng, tmp_path):
+    static = jq.TensorSpec("int8", jq.PerTensor(), static=True, range="mse")
+    config = jq.QuantConfig(rules=(jq.Rule(".*", jq.QuantSpec(jq.TensorSpec("int8"), static)),))
+    found = jq.calibrate(by_scan, {"w": normal(rng, 2, 8, 8)}, [normal(rng, 4, 8)], config)
+    found.save(tmp_path / "stats")
+    held = jq.Calibration.load(tmp_path / "stats")
+    jax.tree.map(np.testing.assert_array_equal, held, found)
+    assert held.axes == found.axes
+    jq.save(tmp_path / "model", {"kernel": jnp.ones((2, 2))})
+    with pytest.raises(ValueError, match="holds no calibration"):
+        jq.Calibration.load(tmp_path / "model")
+
+
 def test_a_branch_not_taken_leaves_no_trace(rng):
     static = jq.TensorSpec("int8", jq.PerTensor(), static=True)
     config = jq.QuantConfig(rules=(jq.Rule(".*", jq.QuantSpec(jq.TensorSpec("int8"), static)),))

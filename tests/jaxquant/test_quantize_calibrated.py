@@ -78,6 +78,35 @@ def test_a_sequential_pass_over_scanned_unrolled_and_lazy_layers(stack, algorith
     assert np.any(np.asarray(codes[0]) != np.asarray(codes[1]))
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_interrupted_run_goes_on_to_the_same_bits(stack, tmp_path, sequential):
+    listed, _, x = stack
+    options = {"apply_fn": unrolled, "batches": [x], "sequential": sequential}
+    whole, report = jq.Report(), jq.Report()
+    expected = jq.quantize(listed, GPTQ, report=whole, **options)
+
+    def interrupt(row):
+        if row.path == "layers/1/kernel":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jq.quantize(listed, GPTQ, report=interrupt, resume=tmp_path, **options)
+    finished = sorted(place.name for place in tmp_path.iterdir())
+    assert finished == ["layers%2F0%2Fkernel", "layers%2F1%2Fkernel", "run.json"]
+    got = jq.quantize(listed, GPTQ, report=report, resume=tmp_path, **options)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert [(row.path, row.error) for row in report.rows] == [(row.path, row.error) for row in whole.rows]
+    with pytest.raises(ValueError, match="holds weights of another run"):
+        jq.quantize(listed, jq.QuantConfig(SPEC, algorithm=jq.gptq(rounds=0)), resume=tmp_path, **options)
+
+
+def test_a_folder_of_something_else_is_no_run(stack, tmp_path):
+    listed, _, x = stack
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no folder of a run, and not empty"):
+        jq.quantize(listed, GPTQ, apply_fn=unrolled, batches=[x], resume=tmp_path)
+
+
 @pytest.mark.parametrize("given", [{"sequential": False}, {"stats": jq.Calibration({}, {})}])
 def test_compensation_cannot_do_with_the_float_model_alone(stack, given):
     listed, _, x = stack

@@ -44,17 +44,26 @@ def rounded(w):
     return wide(dequantize_array(round_columns(w)))
 
 
-def walk(model, params, batches, needs=("hessian",), axis=(-2,), **options):
-    """Walks with round-to-nearest; gives the quantized weights and the statistics each was made from."""
-    seen = {}
+class Rounder:
+    """Quantizes with round-to-nearest, and keeps the statistics that each unit was quantized from."""
 
-    def quantize_unit(unit, w, stats):
-        seen[str(unit)] = stats
+    def __init__(self):
+        self.seen = {}
+
+    def restore(self, name):
+        return None
+
+    def quantize(self, path, name, w, stats):
+        self.seen[name] = stats
         return round_columns(w)
 
+
+def walk(model, params, batches, needs=("hessian",), axis=(-2,), **options):
+    """Walks with round-to-nearest; gives the quantized weights and the statistics each was made from."""
+    rounder = Rounder()
     leaves = {"/".join(str(k.key) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     watches = {path: Watch(leaf.shape, axis, frozenset(needs)) for path, leaf in leaves.items()}
-    return walk_model(model, params, batches, watches, quantize_unit, **options), seen
+    return walk_model(model, params, batches, watches, rounder, **options), rounder.seen
 
 
 def listed(p, x):
@@ -137,7 +146,7 @@ def make_walk(rng, depth, needs=frozenset({"hessian"})):
     flat = flatten_program(blocks, form, arrays, watches)
     plan = plan_walk(flat, form.paths, watches)
     inputs = Inputs(dict(zip(("down", "up"), arrays, strict=False)), [arrays[2:]])
-    return Walk(flat, plan, watches, inputs, lambda unit, w, stats: round_columns(w))
+    return Walk(flat, plan, watches, inputs, Rounder())
 
 
 def test_compilations_do_not_grow_with_depth(rng):
