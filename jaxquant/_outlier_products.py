@@ -12,6 +12,7 @@ from jaxquant._activation import Dims
 from jaxquant._outliers import OutlierArray, split_activation
 from jaxquant._products import refusal
 from jaxquant._ragged import expert_of_rows
+from jaxquant._views import Unrepresentable
 
 
 def outlier_refusal(w: OutlierArray, dims: Dims) -> str | None:
@@ -41,12 +42,18 @@ def split_outliers(x: jax.Array, w: OutlierArray, dims: Dims) -> tuple[jax.Array
 
     Args:
         x: floating activation.
-        w: the weight that it meets; `outlier_refusal` has no objection.
+        w: the weight that it meets.
         dims: how they meet.
 
     Returns:
         (the activation with zeros at the outliers, the outliers [*batch, *free of x, n]).
+
+    Raises:
+        Unrepresentable: see `outlier_refusal`.
     """
+    why = outlier_refusal(w, dims)
+    if why is not None:
+        raise Unrepresentable(why)
     spots, channels = dict(zip(dims.w_contract, dims.x_contract, strict=True)), _channels(w)
     inner = [d for d in dims.w_contract if d not in channels] + [d for d in channels if d in spots]
     order = (*dims.x_batch, *dims.x_free(x.ndim), *(spots[d] for d in inner))
