@@ -139,12 +139,12 @@ def calibrate(apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any],
         raise ValueError("calibrate: batches is empty; give at least one calibration batch")
     axes = infer_axes(apply_fn, params, *arguments_of(first))
     watches = plan_watches(assign(params, config, axes), params, config)
-    for path, watch in watches.items():
-        if watch.needs & FLOAT_NEEDS:
-            raise ValueError(
-                f"calibrate: {config.algorithm.name!r} for {path} compares the quantized model with the float one, and"
-                " here is the float one only; give quantize(...) apply_fn and batches"
-            )
+    compared = [path for path, watch in watches.items() if watch.needs & FLOAT_NEEDS]
+    if compared and config.algorithm is not None:
+        raise ValueError(
+            f"calibrate: {config.algorithm.name!r} for {compared[0]} compares the quantized model with the float one, and"
+            " here is the float one only; give quantize(...) apply_fn and batches"
+        )
     statistics = gather_statistics(apply_fn, params, itertools.chain([first], batches), watches)
     check_reached(watches, statistics)
     return Calibration(statistics, {path: watch.axis for path, watch in watches.items()})

@@ -191,10 +191,10 @@ def merge_stacks(a: Statistics, b: Statistics) -> Statistics:
 def _nothing(form: Statistics) -> Statistics:
     """Statistics of zero tokens in the shapes of others."""
     fields = {f.name: getattr(form, f.name) for f in dataclasses.fields(form)}
-    return Statistics(**{
-        name: None if leaf is None else jnp.full(leaf.shape, EMPTY.get(name, 0), leaf.dtype)
-        for name, leaf in fields.items()
-    })  # fmt: skip
+    empty = {
+        name: jnp.full(leaf.shape, EMPTY.get(name, 0), leaf.dtype) for name, leaf in fields.items() if leaf is not None
+    }
+    return dataclasses.replace(form, **empty)
 
 
 def _place(stats: Statistics, size: int, index: jax.Array) -> Statistics:

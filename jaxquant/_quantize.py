@@ -94,7 +94,7 @@ def quantize(
     emit = _listener(report, sum(chosen.spec is not None for chosen in assignments.values()))
     kept = None if resume is None else _open(resume, config, watches, "walk" if walked else "float")
     job = Job(config.algorithm, assignments, unseen, emit, kept)
-    if walked:
+    if walked and apply_fn is not None:
         done, statistics = walk_model(apply_fn, params, batches, watches, job, offload=offload), {}
     else:
         done = {path: weight for path in watches if (weight := job.restore(path)) is not None}
@@ -126,9 +126,11 @@ def _statistics(
     stats: Calibration | None,
 ) -> dict[str, Statistics]:
     """The statistics of the watched weights: those given, or gathered now."""
-    if not watches:
-        return {}
-    statistics = stats.statistics if stats is not None else gather_statistics(apply_fn, params, batches, watches)
+    statistics = {}
+    if stats is not None:
+        statistics = stats.statistics
+    elif watches and apply_fn is not None:
+        statistics = gather_statistics(apply_fn, params, batches, watches)
     check_reached(watches, statistics)
     return statistics
 

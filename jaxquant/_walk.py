@@ -262,18 +262,18 @@ class Walk:
 
     def gather(self, meet: Meet, reading: Reading, stream: core.Var | None) -> Statistics:
         """Adds what a product reads, batch by batch."""
-        crossed = self._needs(meet, "cross")
+        crossed, outputs = self._needs(meet, "cross"), self._outputs(meet)
         update = self.updates.setdefault(
             reading.key,
             jax.jit(lambda stats, *inputs: add_statistics(stats, reading, *inputs), donate_argnums=0),
         )
-        stats = empty_statistics(reading, self._outputs(meet))
+        stats = empty_statistics(reading, outputs)
         for place in range(len(self.inputs.batches)):
             inputs, beside = ([self.value(var, s, place) for var in meet.inputs] for s in (0, self.streams - 1))
             owed = None
             if stream is not None:
                 owed = self.value(stream, FLOAT, place) - self.value(stream, QUANTIZED, place)
-                owed = owed.reshape(-1, stats.residual.shape[-1])
+                owed = owed.reshape(-1, outputs)
             stats = update(stats, inputs, beside if crossed else None, owed)
         return stats
 
