@@ -2,6 +2,8 @@
 
 import math
 
+import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -48,3 +50,28 @@ def test_mamba2(lenient_jax, rng):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     tokens = jnp.asarray(rng.integers(1, 48, (2, 8)))
     check(lambda p, t: nnx.merge(graph, p, rest)(t)["logits"], params, tokens, products=2 * 2, layers=2)
+
+
+def test_haiku(lenient_jax, rng):
+    def body(x):
+        h = hk.LayerNorm(-1, True, True)(x)
+        x = x + hk.MultiHeadAttention(4, 8, w_init=hk.initializers.VarianceScaling(1.0), model_size=32)(h, h, h)
+        return x + hk.Linear(32)(jax.nn.gelu(hk.Linear(64)(hk.LayerNorm(-1, True, True)(x))))
+
+    model = hk.without_apply_rng(hk.transform(body))
+    x = jnp.asarray(rng.standard_normal((2, 7, 32)), jnp.float32)
+    params = model.init(jax.random.key(int(rng.integers(2**31))), x)
+    check(model.apply, params, x, products=4 + 2, layers=1)
+
+
+def test_equinox(lenient_jax, rng):
+    key = jax.random.key(int(rng.integers(2**31)))
+    attention, mlp = eqx.nn.MultiheadAttention(4, 32, key=key), eqx.nn.MLP(32, 32, 64, 2, key=key)
+    params, static = eqx.partition((attention, mlp), eqx.is_array)
+
+    def run(params, x):
+        attention, mlp = eqx.combine(params, static)
+        return jax.vmap(mlp)(x + attention(x, x, x))
+
+    # [out, in] weights, as Equinox keeps them, contract their last axis
+    check(run, params, jnp.asarray(rng.standard_normal((7, 32)), jnp.float32), products=4 + 3, layers=1)
