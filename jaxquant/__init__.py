@@ -3,14 +3,17 @@
 from jaxquant._calibrate import Calibration as Calibration
 from jaxquant._calibrate import calibrate as calibrate
 from jaxquant._lazy import LazyArray as LazyArray
+from jaxquant._ops import attention as attention
 from jaxquant._ops import dot_general as dot_general
 from jaxquant._ops import ragged_dot as ragged_dot
 from jaxquant._ops import take as take
+from jaxquant._outliers import OutlierArray as OutlierArray
 from jaxquant._pack_for import pack_for as pack_for
 from jaxquant._qarray import QArray as QArray
 from jaxquant._quantize import dequantize as dequantize
 from jaxquant._quantize import quantize as quantize
 from jaxquant._quantized import Explanation as Explanation
+from jaxquant._quantized import einsum as einsum
 from jaxquant._quantized import explain as explain
 from jaxquant._quantized import quantized as quantized
 from jaxquant._report import Report as Report
@@ -38,5 +41,6 @@ from jaxquant.algorithms.rtn import rtn as rtn
 from jaxquant.algorithms.smoothquant import smoothquant as smoothquant
 from jaxquant.checkpoint import load as load
 from jaxquant.checkpoint import save as save
+from jaxquant.kv_cache import KVCache as KVCache
 
 __version__ = "0.1.0"
