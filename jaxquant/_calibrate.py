@@ -142,8 +142,8 @@ def calibrate(apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any],
     compared = [path for path, watch in watches.items() if watch.needs & FLOAT_NEEDS]
     if compared and config.algorithm is not None:
         raise ValueError(
-            f"calibrate: {config.algorithm.name!r} for {compared[0]} compares the quantized model with the float one, and"
-            " here is the float one only; give quantize(...) apply_fn and batches"
+            f"calibrate: {config.algorithm.name!r} for {compared[0]} compares the quantized model with the float one,"
+            " and here is the float one only; give quantize(...) apply_fn and batches"
         )
     statistics = gather_statistics(apply_fn, params, itertools.chain([first], batches), watches)
     check_reached(watches, statistics)

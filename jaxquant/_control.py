@@ -144,18 +144,26 @@ def _while(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, value
     test_consts, consts = values[:first], values[first:second]
     stack = (*frame.stack, id(eqn))
 
-    def step(carry: list) -> list:
+    def step(carry: list) -> tuple[list, dict]:
         outs, emitted = interpreter.run(close(params["body_jaxpr"]), [*consts, *carry], stack)
-        _refuse_emitted(emitted, "while loop")
-        return _like(interpreter, frame, eqn, carry, outs)
+        return _like(interpreter, frame, eqn, carry, outs), emitted
 
-    def test(carry: list) -> jax.Array:
-        outs, emitted = interpreter.run(close(params["cond_jaxpr"]), [*test_consts, *carry], stack)
-        _refuse_emitted(emitted, "while loop")
+    def body(state: tuple[list, dict]) -> tuple[list, dict]:
+        carry, emitted = step(state[0])
+        return carry, {name: interpreter.join(held, emitted[name]) for name, held in state[1].items()}
+
+    def test(state: tuple[list, dict]) -> jax.Array:
+        outs, emitted = interpreter.run(close(params["cond_jaxpr"]), [*test_consts, *state[0]], stack)
+        _refuse_emitted(emitted, "while loop's condition")
         return outs[0]
 
     carry = _arrays(values[second:], eqn.invars[second:], interpreter)
-    return jax.lax.while_loop(test, step, _settle(interpreter, frame, eqn, carry, step))
+    carry = _settle(interpreter, frame, eqn, carry, lambda carry: step(carry)[0])
+    forms = jax.eval_shape(lambda carry: step(carry)[1], carry)
+    blank = {name: interpreter.blank(form) for name, form in forms.items()}
+    last, emitted = jax.lax.while_loop(test, body, (carry, blank))
+    _absorb(interpreter, frame, emitted)
+    return last
 
 
 def _refuse_emitted(emitted: dict, where: str) -> None:
@@ -200,7 +208,9 @@ def _shard_map(interpreter: "Interpreter", frame: "Frame", eqn: core.JaxprEqn, v
         shards = interpreter.shards(value, spec, params["mesh"]) if interpreter.is_special(value) else None
         if shards is None:
             if interpreter.is_special(value):
-                value = interpreter.lower(value, eqn, frame, f"shards of {spec} would cut its packed axis or groups")
+                value = interpreter.lower(
+                    value, eqn, frame, f"shards of {spec} would cut its packed axis, groups or outliers"
+                )
             shards = value, spec, lambda local: local
         for held, part in zip((inputs, specs, makers), shards, strict=True):
             held.append(part)

@@ -56,7 +56,15 @@ def by_loop(p, x):
     return jax.lax.fori_loop(0, 2, lambda i, x: jnp.tanh(x @ jax.lax.dynamic_index_in_dim(p["w"], i, 0, False)), x)
 
 
-@pytest.mark.parametrize("model", [by_index, by_scan, by_remat_scan, by_loop])
+def by_while(p, x):
+    def step(state):
+        i, x = state
+        return i + 1, jnp.tanh(x @ jax.lax.dynamic_index_in_dim(p["w"], i, 0, False))
+
+    return jax.lax.while_loop(lambda state: state[0] < 2, step, (0, x))[1]
+
+
+@pytest.mark.parametrize("model", [by_index, by_scan, by_remat_scan, by_loop, by_while])
 def test_a_stack_of_layers_has_statistics_of_each(rng, model):
     w, x = normal(rng, 2, 8, 8), normal(rng, 3, 5, 8)
     stats = jq.calibrate(model, {"w": w}, [x], CONFIG).statistics["w"]
