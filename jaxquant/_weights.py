@@ -64,8 +64,11 @@ def dense(value: Weight | Shifted) -> jax.Array:
     return weight + value.total_delta(weight.dtype)
 
 
-def cut_shards(value: Weight, spec: Any, mesh: Any) -> tuple[Weight, Any, Callable] | None:
-    """Cuts a weight for `shard_map`: codes and grids alike.
+Cut = tuple[Weight, Any, Callable[[Weight], Weight]]
+
+
+def cut_shards(value: Weight, spec: Any, mesh: Any) -> Cut | None:
+    """Cuts a weight for `shard_map`: codes, grids and float rows alike.
 
     Args:
         value: the weight.
@@ -74,10 +77,38 @@ def cut_shards(value: Weight, spec: Any, mesh: Any) -> tuple[Weight, Any, Callab
 
     Returns:
         (the weight with grids fine enough, the partition of every leaf, what gives a shard its own sizes); None where a
-        cut would fall inside a byte.
+        cut would fall inside a byte, or between outlier channels.
     """
-    q = _ops.plain(value.array)
-    names = [*spec, *([None] * (q.ndim - len(spec)))]
+    names = [*spec, *([None] * (value.array.ndim - len(spec)))]
+    if isinstance(value.array, OutlierArray):
+        base = _cut_base(value.array.base, value.path, names, mesh)
+        return None if base is None else _cut_outliers(value.array, value.path, names, base)
+    return _cut_base(value.array, value.path, names, mesh)
+
+
+def _grid_spec(grid: jax.Array, names: list) -> Any:
+    """The partition of a grid: that of the weight, where it varies."""
+    return jax.sharding.PartitionSpec(*(n if size > 1 else None for n, size in zip(names, grid.shape, strict=True)))
+
+
+def _cut_outliers(w: OutlierArray, path: str, names: list, base: Cut) -> Cut | None:
+    """Adds the float rows, in full along their channels, to a cut of the base."""
+    if any(names[a] for a in w.axis):
+        return None
+    ready, specs, localize = base
+
+    def put(base: Weight, rows: Any, index: Any) -> Weight:
+        return Weight(dataclasses.replace(w, base=base.array, rows=rows, index=index), path)
+
+    def localize_all(local: Any) -> Weight:
+        return put(localize(Weight(local.array.base, path)), local.array.rows, local.array.index)
+
+    specs = put(specs, _grid_spec(w.rows, names), _grid_spec(w.index, names))
+    return put(ready, w.rows, w.index), specs, localize_all
+
+
+def _cut_base(array: QArray, path: str, names: list, mesh: Any) -> Cut | None:
+    q = _ops.plain(array)
     cuts = [math.prod(mesh.shape[n] for n in ((s,) if isinstance(s, str) else s or ())) for s in names]
     packed = _views.packed_dim(q)
     aligned = q.padded == q.shape[packed] and (not q.format.packed or q.padded // cuts[packed] % 8 == 0)
@@ -92,18 +123,14 @@ def cut_shards(value: Weight, spec: Any, mesh: Any) -> tuple[Weight, Any, Callab
             grid = grid if cells == 1 else _views.refine(grid, d, math.lcm(cells, cut))
         return grid
 
-    def grid_spec(grid: jax.Array | None) -> Any:
-        if grid is None:
-            return None
-        return jax.sharding.PartitionSpec(*(n if size > 1 else None for n, size in zip(names, grid.shape, strict=True)))
-
     grids = {name: cut_grid(getattr(q, name)) for name in _views.GRIDS}
-    specs = {name: grid_spec(grid) for name, grid in grids.items()} | {"qvalue": jax.sharding.PartitionSpec(*names)}
+    specs = {name: None if grid is None else _grid_spec(grid, names) for name, grid in grids.items()}
+    specs |= {"qvalue": jax.sharding.PartitionSpec(*names)}
 
     def localize(local: Weight) -> Weight:
         ends = cuts[len(cuts) - len(q.trailing) :]
         trailing = tuple(size // cut for size, cut in zip(q.trailing, ends, strict=True))
-        return Weight(dataclasses.replace(local.array, trailing=trailing, padded=q.padded // cuts[packed]), local.path)
+        return Weight(dataclasses.replace(local.array, trailing=trailing, padded=q.padded // cuts[packed]), path)
 
     ready = dataclasses.replace(q, **grids)
-    return Weight(ready, value.path), Weight(dataclasses.replace(ready, **specs), value.path), localize
+    return Weight(ready, path), Weight(dataclasses.replace(ready, **specs), path), localize

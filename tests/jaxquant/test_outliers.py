@@ -7,6 +7,7 @@ import pytest
 
 from jaxquant import _ops, _views
 from jaxquant._outliers import OutlierArray, dequantize_outliers, view_weight
+from jaxquant._pack_for import pack_for
 from jaxquant._quantize import dequantize, quantize
 from jaxquant._quantized import explain, quantized
 from jaxquant._spec import PRESETS, PerGroup, QuantConfig, QuantSpec, TensorSpec
@@ -157,6 +158,41 @@ def slack(x, w, spec):
     if spec.activation is None:
         return sums
     return np.abs(x).max(-1, keepdims=True) / 255 * np.abs(w).sum(-2, keepdims=True) + sums
+
+
+@pytest.mark.parametrize("spec", [(None, "model"), ("model", None)], ids=["outputs", "channels"])
+def test_shard_map(rng, spec):
+    x, w = inputs(rng, 3), weight(rng, K, N)
+    q = with_outliers(w, W4, x, salient())
+    parts = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(x, w):
+        return jax.lax.psum(x @ w, "model") if spec[0] else x @ w
+
+    def model(w, x):
+        ins, out = (parts(None, spec[0]), parts(*spec)), parts(None, spec[1])
+        return jax.shard_map(local, mesh=mesh, in_specs=ins, out_specs=out)(x, w)
+
+    assert bool(explain(model, q, x).dense) == bool(spec[0])
+    dense = np.asarray(dequantize(q), np.float64)
+    assert np.all(np.abs(jax.jit(quantized(model))(q, x) - np.asarray(x, np.float64) @ dense) <= summing(x, dense))
+
+
+def test_packed_for_a_kernel(rng):
+    """The base may lie as a kernel reads it; every view leaves the outliers beside it."""
+    q = stacked(rng, 2, QuantSpec(TensorSpec("int4", PerGroup(32), scale_dtype="bfloat16")), salient(), K, 64)
+    packed, x = pack_for(q, "h200"), inputs(rng, 2, 3).astype(jnp.bfloat16)
+    assert packed.base.layout != "plain"
+    run = jax.jit(
+        quantized(lambda w, x: jax.lax.scan(lambda _, wx: (None, wx[1] @ wx[0].astype(x.dtype)), None, (w, x))[1])
+    )
+    for got in (run(packed, x), run(q, x)):
+        want = np.asarray(x, np.float64) @ np.asarray(dequantize(q), np.float64)
+        # the base's part, the float rows and the sum are rounded to 8 bits
+        assert np.all(np.abs(np.asarray(got, np.float64) - want) <= 3 * 2**-8 * np.abs(x) @ np.abs(dequantize(q)))
+    for got, want in zip(jax.tree.leaves(pack_for(packed, "plain")), jax.tree.leaves(q), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_ragged_experts(rng):
