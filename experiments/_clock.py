@@ -35,6 +35,23 @@ def kernel_microseconds(program, args: tuple, *, calls: int, iterations: int = 1
     return statistics.median(sum(milliseconds for _, milliseconds in run) for run in per_run) * 1e3 / calls
 
 
+def launched_kernels(run) -> list[tuple[str, float]]:
+    """Names and milliseconds of the kernels that a function launches, by CUPTI; it may donate and carry state.
+
+    Args:
+      run: waits for its own results.
+    """
+    from jax._src.lib import mosaic_gpu as mosaic_gpu_lib
+
+    recorder = mosaic_gpu_lib._mosaic_gpu_ext  # jax's public Cupti runs a program on one set of arguments only
+    recorder._cupti_init()
+    try:
+        run()
+    finally:
+        kernels = recorder._cupti_get_timings(False)
+    return list(kernels)
+
+
 def wall_microseconds(program, args: tuple, *, calls: int, seconds: float = 0.2) -> float:
     """Time per call inside a jitted program, launches and gaps included: many runs enqueued, one wait."""
     jax.block_until_ready(program(*args))

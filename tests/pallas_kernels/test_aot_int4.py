@@ -9,17 +9,18 @@ import pytest
 
 from pallas_kernels._aot import compile_for_h200
 from pallas_kernels.int4_matmul import Config, default_config, int4_matmul
-from pallas_kernels.int4_matmul.cases import SHAPES
+from pallas_kernels.int4_matmul.cases import SHAPES, TOKENS
+from pallas_kernels.int4_matmul.config import tuned_entries
 
 pytestmark = pytest.mark.aot
 
 
-def compiled(m, k, n, group, *, dtype=jnp.bfloat16, zero=False, bias=False, config=None):
+def compiled(m, k, n, group, *, dtype=jnp.bfloat16, scale_dtype=None, zero=False, bias=False, config=None):
     """Reports on the kernels of one product."""
     shape = lambda *s: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
     qweight = jax.ShapeDtypeStruct((-(-n // 64), -(-k // 64), 2, 256), jnp.int32)
-    operands = [shape(m, k), qweight, shape(k // group, n)]
-    operands += [shape(k // group, n) if zero else None, shape(n) if bias else None]
+    grid = jax.ShapeDtypeStruct((k // group, n), scale_dtype or dtype)
+    operands = [shape(m, k), qweight, grid, grid if zero else None, shape(n) if bias else None]
 
     def fn(x, q, s, z, b):
         return int4_matmul(x, q, s, z, bias=b, implementation="mosaic_gpu", config=config)
@@ -27,21 +28,22 @@ def compiled(m, k, n, group, *, dtype=jnp.bfloat16, zero=False, bias=False, conf
     return compile_for_h200(fn, *operands)
 
 
-# Every default that the table's shapes meet.
+# Every tuned configuration, and every default that the table's shapes meet.
 @functools.cache
-def defaults():
-    found = {}
-    for k, n in SHAPES.values():
-        for m in (1, 16, 32, 64, 128, 256, 4096):
+def used():
+    found = {Config(**e["config"]): (e["m"], e["k"], e["n"]) for e in tuned_entries()}
+    for k, n in (*SHAPES.values(), (4096, 1024), (4096, 14336), (4096, 128256)):
+        for m in (*TOKENS, 300):
             found.setdefault(default_config(m, k, n, k // 128), (m, k, n))
     return found
 
 
-@pytest.mark.parametrize("index", range(20))
-def test_defaults_are_fit(index):
-    cases = list(defaults().items())
+@pytest.mark.parametrize("index", range(45))
+def test_tuned_and_default_configurations_are_fit(index):
+    cases = list(used().items())
+    assert len(cases) <= 45
     if index >= len(cases):
-        pytest.skip(f"there are {len(cases)} defaults")
+        pytest.skip(f"there are {len(cases)} configurations")
     config, (m, k, n) = cases[index]
     hlo, reports = compiled(m, k, n, 128, config=config)
     assert hlo.count('custom_call_target="mosaic_gpu_v2"') == len(reports) == 1
@@ -61,6 +63,8 @@ SHARED = Config(
         {"m": 150, "k": 1056, "n": 320, "group": 32, "zero": True, "dtype": jnp.float16},
         {"m": 48, "k": 1600, "n": 1088, "group": 64, "zero": True, "bias": True},
         {"m": 257, "k": 1000, "n": 100, "group": 1000, "bias": True},
+        {"m": 16, "k": 4096, "n": 4096, "group": 128, "zero": True, "scale_dtype": jnp.float32},
+        {"m": 300, "k": 4096, "n": 1024, "group": 4096, "scale_dtype": jnp.float32},
         {"m": 64, "k": 1024, "n": 512, "group": 128, "config": dataclasses.replace(SHARED, scale_after=True)},
         {"m": 300, "k": 1024, "n": 512, "group": 128, "config": dataclasses.replace(SHARED, block_m=256)},
     ],

@@ -1,0 +1,235 @@
+"""A decode step and a prefill of Llama-3-8B's shapes: the unmodified decoder in bfloat16 against packed int4 weights.
+
+    python -m experiments.bench_decode [--layers 32] [--batch 1 16] [--prefill 4096] [--seconds 150] [--json F]
+
+Random weights, made on the device. `step_ms` is a call of the jitted step, gaps included, with its cache donated;
+`kernel_ms` is what its kernels take by CUPTI, and `budget_ms` splits that by kernel. That every quantized product is a
+launch of the kernel is asserted in the compiled program. Memory is the allocator's.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import re
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxquant as jq
+from experiments import _clock
+from experiments.models.config import DecoderConfig
+from experiments.models.decoder import Decoder
+
+LLAMA3_8B = DecoderConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rope_theta=500000.0,
+)
+CAPACITY = 1024  # tokens of the cache
+PRODUCTS = 7  # of a layer: q, k, v, o, gate, up, down
+KERNEL = 'custom_call_target="mosaic_gpu_v2"'
+
+
+def random_params(model: Decoder, key: jax.Array) -> Any:
+    """Weights of a trained model's sizes, made on the device leaf by leaf."""
+    shapes = jax.eval_shape(model.init_params, key)
+    leaves, tree = jax.tree.flatten(shapes)
+    make = jax.jit(
+        lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(0.02), static_argnums=1
+    )
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([make(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+
+
+def bytes_in_use() -> int:
+    """What the allocator holds now; 0 where it does not say."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["bytes_in_use"] if stats else 0
+
+
+def pack(params: Any, *, head: bool) -> tuple[Any, dict]:
+    """Quantizes to w4a16 in groups of 128 and packs; also the bits a quantized weight takes, by the allocator."""
+    before = bytes_in_use()
+    config = jq.QuantConfig.preset("w4a16")
+    if head:
+        config = dataclasses.replace(config, rules=(jq.Rule("lm_head/kernel", config.default), *config.rules))
+    qparams = jq.pack_for(jq.quantize(params, config), "h200")
+    jax.block_until_ready(qparams)
+    weights = [leaf for leaf in jax.tree.leaves(qparams, is_leaf=_is_weight) if _is_weight(leaf)]
+    elements = sum(weight.size for weight in weights)
+    report = {
+        "weights": len(weights),
+        "packed": sum(weight.layout != "plain" for weight in weights),
+        "bits_by_size": 8 * sum(weight.nbytes for weight in weights) / elements,
+    }
+    if after := bytes_in_use():
+        report["bits_by_allocator"] = 8 * (after - before) / elements
+    return qparams, report
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, jq.QArray)
+
+
+def programs(model: Decoder, trees: dict[str, Any], batches: list[int], prefill: int) -> dict[tuple, tuple]:
+    """Every program to measure: (kind, tree, size) to (jitted function, its arguments' shapes)."""
+    found = {}
+    for kind, size in [*(("decode", batch) for batch in batches), *([("prefill", prefill)] if prefill else [])]:
+        for name, params in trees.items():
+            fn = model.decode_step if kind == "decode" else model.forward
+            run = jax.jit(jq.quantized(fn) if name != "bf16" else fn, donate_argnums=(2,) if kind == "decode" else ())
+            args = [params, jax.ShapeDtypeStruct((size,) if kind == "decode" else (1, size), jnp.int32)]
+            if kind == "decode":
+                args.append(jax.eval_shape(lambda size=size: model.init_cache(size, CAPACITY)))
+            found[kind, name, size] = run, args
+    return found
+
+
+def check_kernels(compiled: Any, tree: dict) -> int:
+    """Counts the launches of the kernel in a compiled program.
+
+    Raises:
+        RuntimeError: they are not as many as packed weights.
+    """
+    launches = compiled.as_text().count(KERNEL)
+    if launches != tree.get("packed", 0):
+        raise RuntimeError(f"the program launches the kernel {launches} times for {tree.get('packed', 0)} weights")
+    return launches
+
+
+def time_decode(model: Decoder, compiled: Any, params: Any, batch: int, seconds: float = 3.0) -> dict:
+    """Times steps that each append a token to a nearly full cache."""
+    cache = dataclasses.replace(model.init_cache(batch, CAPACITY), length=jnp.int32(CAPACITY - 256))
+    token = jnp.ones((batch,), jnp.int32)
+
+    def steps(count: int) -> None:
+        nonlocal cache
+        logits = None
+        for _ in range(count):
+            logits, cache = compiled(params, token, cache)
+        jax.block_until_ready((logits, cache))
+
+    steps(2)
+    start, samples = time.perf_counter(), []
+    while len(samples) < 3 or (time.perf_counter() - start < seconds and len(samples) < 10):
+        begun = time.perf_counter()
+        steps(16)
+        samples.append((time.perf_counter() - begun) / 16)
+    return {"step_ms": statistics.median(samples) * 1e3, **budget(lambda: steps(4), 4)}
+
+
+def time_prefill(compiled: Any, params: Any, tokens: jax.Array) -> dict:
+    """Times whole forward passes."""
+
+    def run() -> None:
+        jax.block_until_ready(compiled(params, tokens))
+
+    run()
+    samples = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - begun)
+    return {"step_ms": statistics.median(samples) * 1e3, **budget(run, 1)}
+
+
+def budget(run, calls: int) -> dict:
+    """Milliseconds a call by kernel, the largest twelve by name."""
+    kernels = _clock.launched_kernels(run)
+    totals: collections.Counter = collections.Counter()
+    for name, milliseconds in kernels:
+        totals[re.sub(r"[_.]?\d+", "", name)[:60]] += milliseconds / calls
+    return {
+        "kernel_ms": sum(totals.values()),
+        "launches": len(kernels) / calls,
+        "budget_ms": dict(totals.most_common(12)),
+    }
+
+
+def ratios(rows: list[dict]) -> list[dict]:
+    """Each quantized row's speed-up over the bfloat16 one."""
+    plain = {(row["kind"], row["size"]): row for row in rows if row["tree"] == "bf16"}
+    return [
+        {
+            "kind": row["kind"],
+            "size": row["size"],
+            "tree": row["tree"],
+            **{
+                f"{clock}_speedup": plain[row["kind"], row["size"]][f"{clock}_ms"] / row[f"{clock}_ms"]
+                for clock in ("step", "kernel")
+            },
+        }
+        for row in rows
+        if row["tree"] != "bf16" and (row["kind"], row["size"]) in plain
+    ]
+
+
+def main() -> None:
+    """Compiles every program at once, then times them one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=LLAMA3_8B.num_hidden_layers)
+    parser.add_argument("--batch", nargs="*", type=int, default=[1, 16])
+    parser.add_argument("--prefill", type=int, default=4096, help="tokens; 0 leaves it out")
+    parser.add_argument("--attention", choices=["cudnn", "xla"], default="cudnn", help="of the prefill")
+    parser.add_argument("--seconds", type=float, default=150, help="programs not begun by then are left out, by name")
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    begun = time.perf_counter()
+    config = dataclasses.replace(LLAMA3_8B, num_hidden_layers=options.layers)
+    model = Decoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, implementation=options.attention)
+    params = random_params(model, jax.random.key(time.time_ns() % 2**31))
+    trees, memory = {"bf16": params}, {"bf16": {}}
+    for name, head in (("w4a16", False), ("w4a16+head", True)):
+        trees[name], memory[name] = pack(params, head=head)
+        print(name, json.dumps(memory[name]), flush=True)
+    report = {"conditions": _clock.conditions(), "layers": options.layers, "capacity": CAPACITY, "memory": memory}
+    rows, failed = [], []
+
+    def write() -> None:
+        if options.json:
+            with open(options.json, "w", encoding="utf-8") as file:
+                json.dump(report | {"rows": rows, "speedups": ratios(rows), "failed": failed}, file, indent=1)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        wanted = programs(model, trees, options.batch, options.prefill)
+        compiling = {
+            key: pool.submit(lambda run=run, args=args: run.lower(*args).compile())
+            for key, (run, args) in wanted.items()
+        }
+        for (kind, name, size), future in compiling.items():
+            try:
+                compiled = future.result(timeout=max(0.1, options.seconds - (time.perf_counter() - begun)))
+                row: dict = {"kind": kind, "size": size, "tree": name, "kernels": check_kernels(compiled, memory[name])}
+                if len(rows) == 0:  # measurements want the device and the host to themselves
+                    concurrent.futures.wait(compiling.values(), options.seconds - (time.perf_counter() - begun))
+                if kind == "decode":
+                    row |= time_decode(model, compiled, trees[name], size)
+                else:
+                    row |= time_prefill(compiled, trees[name], jnp.ones((1, size), jnp.int32))
+            except Exception as error:  # one program's failure must not take the others' results with it
+                failed.append(
+                    {"kind": kind, "size": size, "tree": name, "error": f"{type(error).__name__}: {error}"[:500]}
+                )
+                print("failed", json.dumps(failed[-1]), flush=True)
+                continue
+            rows.append(row)
+            print(json.dumps(row), f"at {time.perf_counter() - begun:.0f} s", flush=True)
+            write()
+        pool.shutdown(wait=False, cancel_futures=True)
+    for row in ratios(rows):
+        print(json.dumps(row))
+    write()
+
+
+if __name__ == "__main__":
+    main()
