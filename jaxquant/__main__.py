@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
         print(f"jaxquant: {error}", file=sys.stderr)
         return 2

@@ -6,22 +6,27 @@ Each run needs one of them, in an environment apart from this project's (they wa
     python experiments/oracles/make_interop_goldens.py compressed-tensors tests/jaxquant/fixtures/interop
     python experiments/oracles/make_interop_goldens.py gptqmodel tests/jaxquant/fixtures/interop
     python experiments/oracles/make_interop_goldens.py bitsandbytes tests/jaxquant/fixtures/interop
+    pip install llmcompressor==0.14.0.1
+    python experiments/oracles/make_interop_goldens.py llmcompressor tests/jaxquant/fixtures/interop
     pip install compressed-tensors==0.12.2   # the last with the loose packing and with g_idx
     python experiments/oracles/make_interop_goldens.py compressed-tensors-0.12 tests/jaxquant/fixtures/interop
 
 A case is a linear layer: the tensors as the library stores them; `expected`, the weight [out, in] as it dequantizes
-them; and in the JSON file what config.json would say of it.
+them; and in the JSON file what config.json would say of it. Of llm-compressor there are whole models: folders as it
+saves them, and the weights that transformers makes of them in expected.safetensors.
 """
 
 import importlib.metadata
 import json
 import pathlib
 import sys
+import tempfile
 
 import torch
 from safetensors.torch import save_file
 
 OUT, IN, GROUP = 32, 32, 16
+EXPECTED = "expected.safetensors"
 
 
 def weight(seed, dtype=torch.float16, shape=(OUT, IN)):
@@ -233,6 +238,54 @@ def bitsandbytes_cases():
     return cases, ["bitsandbytes", "torch"]
 
 
+def llmcompressor_models(folder):
+    """A Llama of one layer, by GPTQ with act-order to 4 bits, and calibrated to static float8."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+    tokens = torch.randint(0, 32, (8, 32)).tolist()
+    data = Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * 32] * 8})
+    int4 = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 16,
+        "actorder": "weight",
+    }
+    fp8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
+    given = {"ignore": ["lm_head"]}
+    group = {"group_0": {"targets": ["Linear"], "weights": fp8, "input_activations": fp8 | {"dynamic": False}}}
+    recipes = {
+        "gptq-w4": GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": int4}}, **given),
+        "fp8-static": QuantizationModifier(config_groups=group, **given),
+    }
+    words = Tokenizer(models.WordLevel({f"t{n}": n for n in range(32)}, unk_token="t0"))
+    processor = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", pad_token="t0")
+    with tempfile.TemporaryDirectory() as scratch:  # it wants a model that was loaded from somewhere
+        LlamaForCausalLM(LlamaConfig(**sizes, **heads)).half().save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        for name, recipe in recipes.items():
+            target = folder / f"llmcompressor-{name}"
+            model = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float16)
+            options = {"num_calibration_samples": 8, "max_seq_length": 32, "processor": processor}
+            oneshot(model=model, dataset=data, recipe=recipe, **options)
+            model.save_pretrained(target, save_compressed=True)
+            for extra in ("generation_config.json", "recipe.yaml"):
+                (target / extra).unlink(missing_ok=True)
+            opened = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float16)
+            opened(torch.tensor(tokens))  # decompresses
+            expected = {key: value.contiguous() for key, value in opened.state_dict().items() if "proj.weight" in key}
+            save_file({key: value for key, value in expected.items() if key.endswith("weight")}, target / EXPECTED)
+
+
 MAKERS = {
     "compressed-tensors": compressed_tensors_cases,
     "compressed-tensors-0.12": old_compressed_tensors_cases,
@@ -242,9 +295,12 @@ MAKERS = {
 
 
 def main(maker, folder):
-    cases, packages = MAKERS[maker]()
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if maker == "llmcompressor":
+        llmcompressor_models(folder)
+        return
+    cases, packages = MAKERS[maker]()
     tensors = {f"{case}/{key}": value.contiguous() for case, (held, _) in cases.items() for key, value in held.items()}
     save_file(tensors, folder / f"{maker}.safetensors")
     versions = {package: importlib.metadata.version(package) for package in packages}

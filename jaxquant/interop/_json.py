@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-SIZE_LIMIT = 100_000_000
+SIZE_LIMIT = 32_000_000
 
 
 def read_json(file: pathlib.Path, content: bytes | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxquant._outliers import OutlierArray
 from jaxquant._qarray import QArray
 from jaxquant._tree import named_leaves
 from jaxquant.interop import compressed_tensors_write, hf_awq, hf_gptq
@@ -165,6 +166,11 @@ class _Piece:
 
 def _home(table: tuple[Module, ...], path: str, leaf: Any) -> tuple[list[str], str, _Piece]:
     """The modules that a parameter goes to: one, or as many as a stack has."""
+    if isinstance(leaf, OutlierArray):
+        raise ValueError(
+            f"{path}: no format of Hugging Face holds float channels beside codes; dequantize this weight, or quantize"
+            " it without llm_int8 and salient"
+        )
     module_path, _, name = path.rpartition("/")
     found = find_path(table, module_path)
     if found is None:

@@ -6,8 +6,17 @@ import pathlib
 import numpy as np
 import pytest
 
-from jaxquant._qarray import dequantize_array
-from jaxquant.interop import bitsandbytes, compressed_tensors, compressed_tensors_write, hf_awq, hf_gptq
+from jaxquant._qarray import QArray, dequantize_array
+from jaxquant._tree import named_leaves
+from jaxquant.interop import (
+    bitsandbytes,
+    compressed_tensors,
+    compressed_tensors_write,
+    hf_awq,
+    hf_gptq,
+    load_huggingface,
+    save_huggingface,
+)
 from jaxquant.interop._safetensors import read_header
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "interop"
@@ -46,7 +55,7 @@ def encode(name, q, config):
 
 def test_the_goldens_cover_what_they_should():
     assert len(CASES) == 55
-    assert sum(file.stat().st_size for file in FIXTURES.iterdir()) < 250_000
+    assert sum(file.stat().st_size for file in FIXTURES.rglob("*")) < 300_000
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -86,6 +95,23 @@ def test_symmetric_layers_need_no_zero_points(name):
     assert q.qtype == "int4"
     assert q.zero_point is None
     assert (q.perm is not None) == ("order" in name)
+
+
+@pytest.mark.parametrize("name", ["gptq-w4", "fp8-static"])
+def test_models_of_llm_compressor(tmp_path, name):
+    folder = FIXTURES / f"llmcompressor-{name}"
+    expected = read_header(folder / "expected.safetensors")
+    params, config = load_huggingface(folder)
+    kernels = {path: leaf for path, leaf in named_leaves(params) if isinstance(leaf, QArray)}
+    assert len(kernels) == len(expected) == 7
+    for path, q in kernels.items():
+        theirs = expected[f"model.{path.replace('layers_', 'layers.').replace('/', '.').replace('kernel', 'weight')}"]
+        np.testing.assert_array_equal(np.asarray(dequantize_array(q)).T, theirs.read(), err_msg=path)
+        assert (q.act_scale is not None) == (name == "fp8-static")
+    save_huggingface(tmp_path, params, config, format="compressed-tensors")
+    stored, written = (read_header(path / "model.safetensors") for path in (folder, tmp_path))
+    assert stored.keys() == written.keys()
+    assert all(stored[key].read().tobytes() == written[key].read().tobytes() for key in stored)
 
 
 def test_activations_of_a_scheme():
