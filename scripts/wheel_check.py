@@ -50,6 +50,14 @@ def check_quantize() -> None:
     np.testing.assert_allclose(y, x @ restored, rtol=1e-4, atol=1e-3)
 
 
+def check_command() -> None:
+    """The command `jaxquant` is there."""
+    command = [pathlib.Path(sys.executable).with_name("jaxquant"), "--help"]
+    if "convert" not in subprocess.run(command, check=True, capture_output=True, text=True).stdout:
+        sys.exit("jaxquant --help does not list convert")
+
+
 check_files()
 check_quantize()
+check_command()
 print(f"jaxquant {importlib.metadata.version('jaxquant')} works from its wheel")

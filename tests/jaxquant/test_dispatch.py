@@ -244,6 +244,25 @@ def test_linen_and_nnx_convolutions(preset):
     check(lambda p, x: nnx.merge(graph, p)(x), state, x, products=1, config=config)
 
 
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_convolutions_of_integers(library):
+    x = uniform(BATCH, 6, 6, 16)
+    if library == "linen":
+        model = nn.Conv(24, (3, 3), strides=(2, 1))
+        params, run = model.init(jax.random.key(0), x), model.apply
+    else:
+        graph, params = nnx.split(nnx.Conv(16, 24, (3, 3), rngs=nnx.Rngs(0)))
+        run = lambda p, x: nnx.merge(graph, p)(x)  # noqa: E731
+    qparams = quantize(params, everything("w8a8"))
+    (line,) = [line for line in str(jax.make_jaxpr(quantized(run))(qparams, x)).splitlines() if "conv_general" in line]
+    assert line.split(":")[1].startswith("i32")
+    got, floats = quantized(run, on_dense="error")(qparams, x), dequantize(qparams)
+    kernel = next(leaf for leaf in jax.tree.leaves(floats) if leaf.ndim == 4)
+    # half a step of x, whose scale is at most absmax / 127, meets each weight of the window
+    allowed = jnp.max(jnp.abs(x)) / 254 * jnp.sum(jnp.abs(kernel), (0, 1, 2)) * 1.01
+    assert jnp.all(jnp.abs(got - run(floats, x)) <= allowed[None, None, None])
+
+
 def test_depthwise_convolution():
     x, model = uniform(BATCH, 6, 16), nn.Conv(16, (3,), feature_group_count=16)
     config = everything("w8a16", rules=[Rule(".*kernel", everything("w8a16").default, (-3, -2))])
