@@ -20,6 +20,7 @@ from jaxquant.algorithms._transform import chain
 from jaxquant.algorithms.llm_int8 import llm_int8, salient
 from jaxquant.algorithms.smoothquant import smoothquant
 from jaxquant.checkpoint import load, save
+from jaxquant.interop.huggingface_write import save_huggingface
 
 W4 = QuantSpec(TensorSpec("int4", PerGroup(16)))
 W8 = PRESETS["w8a8"]
@@ -105,19 +106,21 @@ def test_heads_transposed_and_weight_first(rng):
     heads, dense = x.reshape(2, 3, 4, 16), np.asarray(dequantize(q), np.float64)
     want = np.einsum("bthd,hdn->btn", np.asarray(heads, np.float64), dense)
     atol = rounding(x, dense.reshape(K, N))
-    for fn, moved in (
+    products = (
         (lambda w, x: jnp.einsum("bthd,hdn->btn", x, w), heads),
         (lambda w, x: jnp.einsum("bdth,hdn->btn", x, w), heads.transpose(0, 3, 1, 2)),
         (lambda w, x: jnp.einsum("ndh,bthd->btn", w.transpose(2, 1, 0), x), heads),
         (lambda w, x: x @ w.reshape(K, N), x),
-        (
-            lambda w, x: (w.reshape(K, 2, N // 2).transpose(1, 2, 0).reshape(N, K) @ x.reshape(-1, K).T).T.reshape(
-                2, 3, N
-            ),
-            x,
-        ),
-    ):
-        assert np.all(np.abs(quantized(fn, on_dense="error")(q, moved) - want) <= atol)
+        (lambda w, x: x @ w.reshape(K, 2, N // 2).transpose(1, 2, 0).reshape(N, K).T, x),
+        (lambda w, x: jnp.moveaxis(jnp.einsum("hdn,bthd->nbt", w, x), 0, -1), heads),
+    )
+
+    @jax.jit
+    def run(q):
+        return [quantized(fn, on_dense="error")(q, moved) for fn, moved in products]
+
+    for got in run(q):
+        assert np.all(np.abs(got - want) <= atol)
     half = quantized(lambda w, x: x @ w.reshape(K, N).astype(x.dtype))(q, x.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     # x and the float rows are rounded to 8 bits, the result once more
@@ -223,17 +226,20 @@ def test_lookups_give_the_float_rows(rng):
 def test_what_has_no_form_is_recorded_dense(rng):
     x, w = inputs(rng, N), weight(rng, K, N)
     q = with_outliers(w, W8, x, llm_int8())
-    for fn, reason in (
+    uses = (
         (lambda w: w @ jnp.ones((N, 2)), "counted along other axes"),
         (lambda w: jnp.ones((1, K // 2)) @ w[: K // 2], "outliers are counted in"),
         (lambda w: w.reshape(-1) * 2.0, "outliers are counted in"),
         (lambda w: jnp.concatenate([w, w], 1), "joins weights that have outlier"),
         (lambda w: w[jnp.asarray([1])], "packed axis"),
-    ):
+    )
+    got = jax.jit(lambda q: [quantized(fn)(q) for fn, _ in uses])(q)
+    want = jax.jit(lambda w: [fn(w) for fn, _ in uses])(dequantize(q))
+    for (fn, reason), ours, theirs in zip(uses, got, want, strict=True):
         table = explain(fn, q)
         assert table.rows[0][5] == "DENSE"
         assert reason in table.rows[0][6], table
-        np.testing.assert_allclose(quantized(fn)(q), fn(dequantize(q)), atol=K * K * 1.2e-7)
+        np.testing.assert_allclose(ours, theirs, atol=K * K * 1.2e-7)
     with pytest.raises(Unrepresentable, match="counted in"):
         view_weight(q, lambda part: _views.slice_dim(part, 0, 0, 32))
     with pytest.raises(NotImplementedError, match="counted along other axes"):
@@ -262,6 +268,8 @@ def test_tables_name_the_format(rng, tmp_path):
     assert quantize(qparams, QuantConfig(W8))["layer"]["kernel"] is q
     save(tmp_path / "q", qparams)
     restored = load(tmp_path / "q")
+    with pytest.raises(ValueError, match="layer/kernel: no format of Hugging Face holds float channels"):
+        save_huggingface(tmp_path / "hf", {"layer": {"kernel": q}}, {"model_type": "llama"}, format="gptq")
     run = jax.jit(quantized(model))
     np.testing.assert_array_equal(run(restored, x), run(qparams, x))
 
