@@ -16,13 +16,28 @@ TOLERANCE = {"bfloat16": 2.0**-8, "float16": 2.0**-10}
 
 
 def problem(
-    seed: int, m: int, k: int, n: int, group: int, *, dtype="bfloat16", zero=False, bias=False, copies: int = 1
+    seed: int,
+    m: int,
+    k: int,
+    n: int,
+    group: int,
+    *,
+    dtype="bfloat16",
+    scale_dtype=None,
+    zero=False,
+    bias=False,
+    code: int | None = None,
+    copies: int = 1,
 ) -> dict:
-    """`x`, and `copies` of packed weights with their scales: fresh random values of a trained layer's sizes."""
+    """`x`, and `copies` of packed weights with their scales: fresh random values of a trained layer's sizes.
+
+    `code` makes every code that one: -8 and 7 are the extremes of the format.
+    """
     keys = iter(jax.random.split(jax.random.key(seed), 3 + 3 * copies))
     groups = k // group
-    scales = lambda: (jax.random.uniform(next(keys), (groups, n), jnp.float32, 0.5, 1.5) * 0.02).astype(dtype)  # noqa: E731
-    codes = lambda: pack(jax.random.randint(next(keys), (k, n), -8, 8, jnp.int8))  # noqa: E731
+    scale_dtype, (low, high) = scale_dtype or dtype, (-8, 8) if code is None else (code, code + 1)
+    scales = lambda: (jax.random.uniform(next(keys), (groups, n), jnp.float32, 0.5, 1.5) * 0.02).astype(scale_dtype)  # noqa: E731
+    codes = lambda: pack(jax.random.randint(next(keys), (k, n), low, high, jnp.int8))  # noqa: E731
     zeros = lambda: jax.random.randint(next(keys), (groups, n), -8, 8, jnp.int8).astype(dtype)  # noqa: E731
     return {
         "x": jax.random.normal(next(keys), (m, k), jnp.dtype(dtype)),

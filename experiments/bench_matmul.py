@@ -16,6 +16,8 @@ from pallas_kernels.int4_matmul.cases import SHAPES, TOKENS
 GROUP = 128
 IMPLEMENTATIONS = ("mosaic_gpu", "xla_bf16", "xla_int4", "torch")
 
+_PROBLEM = ("m", "k", "n", "group", "dtype", "scale_dtype", "zero", "bias", "code")
+
 # Ragged in every dimension, each group size, zero points, bias, both dtypes.
 _RAGGED_TOKENS = (1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 100, 128, 129, 200, 256, 300, 1000)
 VERIFY = [
@@ -28,6 +30,15 @@ VERIFY = [
     *[{"m": m, "k": 1000, "n": 100, "group": 1000, "bias": True} for m in (1, 16, 40, 128, 257)],
     *[{"m": m, "k": 14336, "n": 4096, "group": 14336} for m in (4, 16, 512)],
     *[{"m": m, "k": 8192, "n": 57344, "group": 128} for m in (1, 64, 4096)],
+    *[{"m": m, "k": 4096, "n": 4096, "group": 128, "code": code} for m in (8, 300) for code in (-8, 7)],
+    *[{"m": m, "k": 4096, "n": 1024, "group": g, "scale_dtype": "float32"} for m in (2, 150) for g in (128, 4096)],
+    *[
+        {"m": m, "k": 14336, "n": 4096, "group": 128, "config": {"block_k": 256, "num_stages": 3} | config}
+        for m, config in (
+            (5, {"block_m": 8, "num_warpgroups": 1, "split_k": 4, "scale_after": True, "blocks_per_sm": 2}),
+            (16, {"block_m": 16, "num_warpgroups": 1, "split_k": 3, "scale_after": True, "blocks_per_sm": 3}),
+        )
+    ],
     *[
         {"m": m, "k": 4096, "n": 4096, "group": 128, "config": {"num_warpgroups": 2, "snake_width": 4} | config}
         for m, config in (
@@ -69,7 +80,7 @@ def _verify(item: dict) -> dict:
     from experiments import _int4, _workers
     from pallas_kernels.int4_matmul import Config, int4_matmul
 
-    options = {name: item[name] for name in ("m", "k", "n", "group", "dtype", "zero", "bias") if name in item}
+    options = {name: item[name] for name in _PROBLEM if name in item}
     data = _int4.problem(item["seed"], **options)
     operands = (data["x"], *data["weights"][0])
     config = Config(**item["config"]) if "config" in item else None

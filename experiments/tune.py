@@ -16,12 +16,13 @@ GROUP = 128
 CANDIDATES = 12
 
 
-def work(shapes: list[str], tokens: list[int]) -> list[dict]:
-    """The candidates of every problem that the cost model likes best."""
+def work(shapes: list[str], tokens: list[int], blocks_per_sm: list[int]) -> list[dict]:
+    """The candidates of every problem that the cost model likes best, of those with so many blocks on an SM."""
     items = []
     for m, shape in itertools.product(tokens, shapes):
         k, n = SHAPES[shape]
-        liked = sorted(candidates(m, k, n, k // GROUP), key=lambda config: predicted_microseconds(config, m, k, n))
+        takes = [config for config in candidates(m, k, n, k // GROUP) if config.blocks_per_sm in blocks_per_sm]
+        liked = sorted(takes, key=lambda config: predicted_microseconds(config, m, k, n))
         items += [{"shape": shape, "m": m, "config": dataclasses.asdict(config)} for config in liked[:CANDIDATES]]
     return items
 
@@ -63,7 +64,8 @@ def measure(item: dict) -> dict:
 def _kin(item: dict) -> tuple:
     """What a hang is put down to: candidates that share it are not tried again."""
     config = item["config"]
-    return tuple(config[name] for name in ("scale_after", "num_warpgroups", "split_k", "block_m", "block_k"))
+    names = ("scale_after", "num_warpgroups", "split_k", "block_m", "block_k", "blocks_per_sm")
+    return tuple(config[name] for name in names)
 
 
 def best(results: list[dict]) -> list[dict]:
@@ -81,6 +83,7 @@ def main():
     parser.add_argument("--op", choices=["int4"], default="int4")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--m", nargs="*", type=int, default=[1, 16, 64, 256, 1024, 4096])
+    parser.add_argument("--blocks-per-sm", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--json")
@@ -90,7 +93,7 @@ def main():
 
     if options.worker:
         return _workers.serve(measure)
-    items = work(options.shapes, options.m)
+    items = work(options.shapes, options.m, options.blocks_per_sm)
     results = _workers.run(
         "experiments.tune", items, workers=options.workers, seconds=options.seconds, stall=15, kin=_kin
     )

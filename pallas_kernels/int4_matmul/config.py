@@ -29,6 +29,8 @@ class Config:
       multicast: blocks of a cluster that share x, each with output tiles of its own.
       scale_after: multiply each group's product by its scale (cheap for few tokens), or else the weights before it.
       snake_width: output tiles of a strip of the traversal order (L2 locality when there are many token tiles).
+      blocks_per_sm: blocks that share an SM, so that one unpacks while another waits; more than one only where a block
+        is one compute warpgroup of few tokens, whose registers leave room.
     """
 
     block_m: int
@@ -39,6 +41,7 @@ class Config:
     scale_after: bool
     multicast: int = 1
     snake_width: int = 8
+    blocks_per_sm: int = 1
 
     @property
     def block_n(self) -> int:
@@ -101,9 +104,14 @@ def supports(
         return f"block_k = {config.block_k} is one product; scaling before it takes two, which alternate registers"
     if -(-n // config.block_n) % config.multicast:
         return f"multicast = {config.multicast} does not divide the {-(-n // config.block_n)} output tiles"
+    if config.blocks_per_sm > 1 and (config.num_warpgroups > 1 or config.block_m * config.blocks_per_sm > 64):
+        return (
+            f"{config.blocks_per_sm} blocks of {config.num_warpgroups} warpgroups by {config.block_m} tokens on an SM"
+        )
     used = config.shared_memory_bytes(group_size, has_zero_point, jnp.dtype(scale_dtype).itemsize)
-    if used > SHARED_MEMORY_BYTES:
-        return f"{used} bytes of shared memory, at most {SHARED_MEMORY_BYTES}"
+    room = SHARED_MEMORY_BYTES // config.blocks_per_sm - 1024 * (config.blocks_per_sm - 1)
+    if used > room:
+        return f"{used} bytes of shared memory, at most {room}"
     return None
 
 
@@ -114,11 +122,14 @@ def candidates(
     few = m <= FEW_TOKENS
     block_ks, warpgroups = ((256, 512), (1, 2, 3, 4)) if few else ((128,), (2,))
     # Blocks of a cluster: those that split K, those that share x.
-    clusters = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)]
+    clusters = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 1, 1)]
+    if few:  # and several blocks on an SM
+        clusters += [(split, 1, blocks) for split in (1, 2, 3, 4) for blocks in (2, 3)]
     if few and num_groups > 1 and k // num_groups == 32:
         block_ks += (128,)
     configs = []
-    for block_m, block_k, count, (split, peers) in itertools.product(_token_tiles(m), block_ks, warpgroups, clusters):
+    cuts = itertools.product(_token_tiles(m), block_ks, warpgroups, clusters)
+    for block_m, block_k, count, (split, peers, blocks) in cuts:
         if count == 4 and block_m == 64:  # 96 registers at launch do not hold its accumulators: it spills
             continue
         if (peers > 1 and block_m < 32) or (split > 1 and m > 512):
@@ -131,6 +142,7 @@ def candidates(
             split_k=split,
             multicast=peers,
             scale_after=few,
+            blocks_per_sm=blocks,
         )
         takes = functools.partial(
             supports, k, n, num_groups, dtype, has_zero_point=has_zero_point, scale_dtype=scale_dtype
@@ -162,7 +174,8 @@ def default_config(
             config = dataclasses.replace(tuned, num_stages=stages)
             if takes(config=config) is None:
                 return config
-    fitting = candidates(m, k, n, num_groups, dtype, has_zero_point, scale_dtype)
+    # Several blocks on an SM are for problems that they were tuned on.
+    fitting = [c for c in candidates(m, k, n, num_groups, dtype, has_zero_point, scale_dtype) if c.blocks_per_sm == 1]
     if not fitting:
         raise NotImplementedError(
             f"int4_matmul has no Hopper configuration for M={m}, K={k}, N={n}, {num_groups} groups"
@@ -206,14 +219,17 @@ def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
     """
     c = config
     tiles = math.ceil(m / c.block_m) * math.ceil(n / c.block_n)
-    waves = math.ceil(tiles / c.multicast / num_clusters(c.split_k * c.multicast))
+    waves = math.ceil(tiles / c.multicast / num_clusters(c.split_k * c.multicast, c.blocks_per_sm))
     inputs = math.ceil(math.ceil(k / c.block_k) / c.split_k) * c.block_k
     # Per SM and microsecond: 32 kB from memory with 59 kB in flight, 2.9 million multiply-adds, 71 thousand codes
     # unpacked by two warpgroups.
-    in_flight = c.num_stages * (c.block_n * c.block_k / 2)
-    copy = c.block_n * inputs / 2 / 32e3 * max(1.0, 59e3 / in_flight)
-    compute = max(c.block_n * inputs * c.block_m / 2.9e6, c.block_n * inputs / 71e3 / min(1.0, c.num_warpgroups / 2))
-    crowding = 2.2 if c.split_k * c.multicast > 2 else 1.0  # clusters of four find too few free SMs side by side
+    codes = c.block_n * inputs * c.blocks_per_sm
+    in_flight = c.blocks_per_sm * c.num_stages * (c.block_n * c.block_k / 2)
+    copy = codes / 2 / 32e3 * max(1.0, 59e3 / in_flight)
+    unpacking = codes / 71e3 / min(1.0, c.num_warpgroups * c.blocks_per_sm / 2)
+    compute = max(codes * c.block_m / 2.9e6, unpacking)
+    # Clusters of four find too few free SMs side by side.
+    crowding = 2.2 if c.split_k * c.multicast > 2 * c.blocks_per_sm else 1.0
     return 1.9 + waves * (crowding * max(copy, compute) + 1.8 + 0.9 * (c.split_k > 1))
 
 
@@ -222,6 +238,6 @@ def products_k(block_k: int, group_size: int) -> int:
     return min(block_k, group_size, TILE)
 
 
-def num_clusters(size: int, num_sms: int = HOPPER_SMS) -> int:
+def num_clusters(size: int, blocks_per_sm: int = 1, num_sms: int = HOPPER_SMS) -> int:
     """Clusters of `size` blocks that run at once; groups of 18 SMs hold only four clusters of four."""
-    return num_sms // size if size <= 2 else (num_sms - 4) // size
+    return (num_sms if size <= 2 else num_sms - 4) * blocks_per_sm // size

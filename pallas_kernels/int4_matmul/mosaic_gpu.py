@@ -79,7 +79,9 @@ class _Plan:
         self.stagings = min(2, self.chunk_m // self.piece_m)
         # Peers take output tiles that lie side by side.
         self.shape = self.m_tiles, pl.cdiv(self.n_tiles, config.multicast)
-        self.num_clusters = min(num_clusters(config.split_k * config.multicast), self.shape[0] * self.shape[1])
+        self.num_clusters = min(
+            num_clusters(config.split_k * config.multicast, config.blocks_per_sm), self.shape[0] * self.shape[1]
+        )
 
     def tile(self, index):
         """Token and output tile of a block, from the linear index of its cluster's tiles."""

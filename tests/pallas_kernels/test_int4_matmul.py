@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.int4_matmul import Config, default_config, int4_matmul, pack, supports
-from pallas_kernels.int4_matmul.config import SHARED_MEMORY_BYTES, candidates
+from pallas_kernels.int4_matmul.config import SHARED_MEMORY_BYTES, candidates, predicted_microseconds, tuned_entries
 
 # The weight and the output are each rounded once to x's 8 significant bits: half an eps of its own size each.
 EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -39,6 +39,44 @@ def test_matches_float64(rng, m, k, n, groups, dtype):
     assert out.shape == exact.shape
     if m:
         assert np.linalg.norm(out - exact) <= EPS[dtype] * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("code", [-8, 7])
+@pytest.mark.parametrize("exponent", [100, -100, -130])
+def test_extreme_codes_and_scales(rng, code, exponent):
+    m, k, n = 3, 128, 70
+    x = jnp.asarray(rng.normal(size=(m, k)), jnp.bfloat16)
+    scale = jnp.asarray(np.ldexp(rng.choice([-1.0, 1.0], (2, n)), exponent), jnp.bfloat16)
+    out = int4_matmul(x, pack(jnp.full((k, n), code, jnp.int8)), scale)
+    wide = np.asarray(x, np.float64)
+    exact = wide @ (code * np.repeat(np.asarray(scale, np.float64), k // 2, axis=0))
+    flushed = np.abs(wide).sum(1, keepdims=True) * 8 * 2.0**-126  # subnormal scales may count as zero
+    error = np.abs(np.asarray(out, np.float64) - exact)
+    absolute = np.abs(wide).sum(1, keepdims=True) * 8 * 2.0**exponent * EPS["bfloat16"]
+    assert (error <= absolute + (flushed if exponent < -126 else 0)).all()
+    assert exponent < -126 or (np.abs(exact) > 0).all()
+
+
+def test_tuned_configurations_take_the_problems_they_were_tuned_on():
+    for entry in tuned_entries():
+        m, k, n = entry["m"], entry["k"], entry["n"]
+        config = Config(**entry["config"])
+        assert supports(k, n, k // 128, jnp.bfloat16, config=config) is None
+        assert default_config(m, k, n, k // 128) == config
+
+
+def test_problems_unlike_the_tuned_ones_go_to_the_cost_model():
+    config = default_config(4, 4096, 1024, 32)
+    fitting = [c for c in candidates(4, 4096, 1024, 32) if c.blocks_per_sm == 1]
+    assert config == min(fitting, key=lambda c: predicted_microseconds(c, 4, 4096, 1024))
+
+
+@pytest.mark.parametrize("m", [2, 24, 50, 120, 700])
+def test_problems_near_a_tuned_one_take_its_cut(m):
+    config, tuned = default_config(m, 4096, 5120, 64, has_zero_point=True), default_config(m, 4096, 5120, 32)
+    assert supports(4096, 5120, 64, jnp.bfloat16, config=config, has_zero_point=True) is None
+    assert config.num_warpgroups == tuned.num_warpgroups
+    assert m > 64 or config.block_m >= m
 
 
 def test_vmap_over_tokens_and_over_weights_is_the_loop(rng):
@@ -113,6 +151,5 @@ def test_named_kernel_refuses_with_the_reason(rng):
 def test_default_config_fits_shared_memory(m, k, n, groups):
     config = default_config(m, k, n, groups)
     assert isinstance(config, Config)
-    assert config in candidates(m, k, n, groups)
     assert config.shared_memory_bytes(k // groups, has_zero_point=False) <= SHARED_MEMORY_BYTES
     assert supports(k, n, groups, jnp.bfloat16, config=config) is None
