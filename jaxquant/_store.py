@@ -5,12 +5,13 @@ shard that holds it; formats that not every reader knows (float8, sub-byte integ
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import re
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -143,16 +144,29 @@ class Writer:
 
     def flush(self) -> None:
         """Writes what was gathered as one shard."""
+        if (write := self.detach()) is not None:
+            self.shards.append(write())
+
+    def detach(self) -> Callable[[], Shard] | None:
+        """Hands over what was gathered.
+
+        Returns:
+            A function that writes it as one shard, on any thread, for the caller to list; None if there is nothing.
+        """
         if not self._pending:
-            return
-        target = self.folder / self._name
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(target.absolute(), args=ocp.args.PyTreeSave(self._pending))
-        files = sorted(file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file())
-        with ThreadPoolExecutor() as pool:
-            sums = pool.map(lambda file: _measure(target / file), files)
-            self.shards.append(Shard(self._name, dict(zip(files, sums, strict=True))))
+            return None
+        write = functools.partial(_write_shard, self.folder / self._name, self._pending)
         self._pending, self._name = {}, _shard_name()
+        return write
+
+
+def _write_shard(target: pathlib.Path, arrays: dict[str, np.ndarray]) -> Shard:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(target.absolute(), args=ocp.args.PyTreeSave(arrays))
+    files = sorted(file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file())
+    with ThreadPoolExecutor() as pool:
+        sums = pool.map(lambda file: _measure(target / file), files)
+        return Shard(target.name, dict(zip(files, sums, strict=True)))
 
 
 class Reader:

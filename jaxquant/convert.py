@@ -4,10 +4,8 @@ A conversion writes beside its target, and keeps a journal there of the leaves t
 are does the target appear, in one step; a conversion that was killed goes on from its journal.
 """
 
-import dataclasses
+import contextlib
 import functools
-import json
-import os
 import pathlib
 import re
 import shutil
@@ -17,20 +15,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxquant._journal import Journal
 from jaxquant._manifest import decode_tree, encode_tree
 from jaxquant._quantize import quantize
 from jaxquant._rules import Assignment, assign
 from jaxquant._sources import Source, open_source, read_leaf
 from jaxquant._spec import PerChannel, PerGroup, QuantConfig, Rule
-from jaxquant._store import Record, Shard, Writer
 from jaxquant.checkpoint import Manifest, Path, check_target, library_version, publish, staging_folder, write_tree
 from jaxquant.interop import Module
 from jaxquant.interop._parts import join_outputs
 from jaxquant.interop.huggingface_write import Format, write_folder
 
-FLUSH_BYTES = 1 << 26  # results are gathered up to this before they are written and journalled
 SLICE_BYTES = 1 << 25  # a larger weight is quantized by slices
-JOURNAL = "journal.jsonl"
 
 Progress = Callable[[int, int, str], None]
 
@@ -74,17 +70,18 @@ def convert(
         write_tree(target, qparams, config, source.huggingface)
         return
     chosen = _decide(source, config)
-    journal = _Journal.open(staging_folder(target), f"{source.fingerprint} {config!r} {library_version()}")
-    for number, leaf in enumerate(source.leaves):
-        if number not in journal.nodes:
-            _convert_leaf(source, number, chosen[number], journal)
-        _report(progress, source, number, leaf.path)
-    journal.commit()
+    key = f"{source.fingerprint} {config!r} {library_version()}"
+    with contextlib.closing(Journal(staging_folder(target), key)) as journal:
+        for number, leaf in enumerate(source.leaves):
+            if number not in journal.nodes:
+                _convert_leaf(source, number, chosen[number], journal)
+            _report(progress, source, number, leaf.path)
+        journal.commit()
     tree = _fill(source.tree, journal.nodes)
     writer, config = journal.writer, config or source.config
     algorithm = source.manifest.algorithm if source.manifest else None
     manifest = Manifest(tree, tuple(writer.records), tuple(writer.shards), config, algorithm, "", source.huggingface)
-    (writer.folder / JOURNAL).unlink()
+    journal.remove()
     publish(writer.folder, target, manifest)
     shutil.rmtree(writer.folder, ignore_errors=True)
 
@@ -110,7 +107,7 @@ def _alone(path: str, assignment: Assignment | None, config: QuantConfig) -> Qua
     return QuantConfig(rules=(rule,), algorithm=config.algorithm)
 
 
-def _convert_leaf(source: Source, number: int, config: QuantConfig | None, journal: "_Journal") -> None:
+def _convert_leaf(source: Source, number: int, config: QuantConfig | None, journal: Journal) -> None:
     leaf = read_leaf(source, number)
     path = source.leaves[number].path
     if config is not None:
@@ -146,76 +143,6 @@ def _fill(tree: Any, nodes: "dict[int, Any] | _Numbers") -> Any:
     if isinstance(tree, dict):
         return nodes[tree["leaf"]] if "leaf" in tree else {kind: _fill(body, nodes) for kind, body in tree.items()}
     return [_fill(child, nodes) for child in tree] if isinstance(tree, list) else tree
-
-
-@dataclasses.dataclass
-class _Journal:
-    """What of a conversion is safely on disk.
-
-    Attributes:
-        writer: the arrays, written and gathered.
-        nodes: the node of each leaf done, by number.
-        saved: how many nodes, records and shards the journal's file holds.
-    """
-
-    writer: Writer
-    nodes: dict[int, Any]
-    saved: tuple[int, int, int]
-
-    @classmethod
-    def open(cls, folder: pathlib.Path, key: str) -> "_Journal":
-        """Goes on from the journal in a folder if it has the same key, else starts anew."""
-        file = folder / JOURNAL
-        lines = list(_whole_lines(file)) if file.is_file() else []
-        if not lines or lines[0] != {"key": key}:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            lines = []
-        nodes = {int(number): node for line in lines[1:] for number, node in line["nodes"].items()}
-        records = [Record.parse(fields) for line in lines[1:] for fields in line["records"]]
-        shards = [Shard(name, files) for line in lines[1:] for name, files in line["shards"].items()]
-        for left in folder.glob("arrays-*"):
-            if left.name not in {shard.name for shard in shards}:
-                shutil.rmtree(left)
-        journal = cls(Writer(folder, records, shards), nodes, (len(nodes), len(records), len(shards)))
-        _rewrite(file, lines or [{"key": key}])
-        return journal
-
-    def add(self, number: int, node: Any) -> None:
-        """Notes a leaf whose arrays the writer has; now and then writes everything out."""
-        self.nodes[number] = node
-        if self.writer.pending_bytes >= FLUSH_BYTES:
-            self.commit()
-
-    def commit(self) -> None:
-        """Writes the gathered arrays, then notes in the file what they belong to."""
-        self.writer.flush()
-        nodes, records, shards = self.saved
-        line = {
-            "nodes": dict(list(self.nodes.items())[nodes:]),
-            "records": [dataclasses.asdict(record) for record in self.writer.records[records:]],
-            "shards": {shard.name: shard.files for shard in self.writer.shards[shards:]},
-        }
-        with (self.writer.folder / JOURNAL).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        self.saved = len(self.nodes), len(self.writer.records), len(self.writer.shards)
-
-
-def _whole_lines(file: pathlib.Path) -> Iterator[Any]:
-    """The lines of a journal up to one that its writer did not finish."""
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            yield json.loads(line if line.endswith("\n") else "")
-        except ValueError:
-            return
-
-
-def _rewrite(file: pathlib.Path, lines: list[Any]) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, file)
 
 
 def export(

@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+import jaxquant._journal
 import jaxquant.convert
 from jaxquant import QArray, QuantConfig, Rule, load, quantize, save
 from jaxquant.__main__ import main
@@ -184,10 +185,11 @@ def run_python(script, *args):
 
 KILLED = """
     import os, sys
+    import jaxquant._journal
     import jaxquant.convert
     from jaxquant import QuantConfig
 
-    jaxquant.convert.FLUSH_BYTES = 1
+    jaxquant._journal.FLUSH_BYTES = 1
     left = int(sys.argv[3])
 
     def die_at_last(done, total, path):
@@ -211,7 +213,8 @@ def test_a_killed_conversion_leaves_nothing_and_goes_on(tmp_path, rng, monkeypat
     original = jaxquant.convert.read_leaf
     monkeypatch.setattr(jaxquant.convert, "read_leaf", lambda *a: read.append(a[1]) or original(*a))
     convert(tmp_path / "hf", tmp_path / "out", W4)
-    assert len(read) == len(open_source(tmp_path / "hf").leaves) - 6, "the six that were done are not read again"
+    again = len(read) - (len(open_source(tmp_path / "hf").leaves) - 6)
+    assert again in (0, 1), "of the six that were done, only the last, still being written, may be read again"
     assert_same(load(tmp_path / "out"), quantize(params, W4))
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
 
@@ -219,7 +222,7 @@ def test_a_killed_conversion_leaves_nothing_and_goes_on(tmp_path, rng, monkeypat
 def test_a_journal_of_something_else_or_cut_short_is_not_trusted(tmp_path, rng, monkeypatch):
     params = random_params(rng)
     save(tmp_path / "float", params)
-    monkeypatch.setattr(jaxquant.convert, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(jaxquant._journal, "FLUSH_BYTES", 1)
 
     def stop_at(count):
         def progress(done, total, path):
@@ -283,7 +286,7 @@ def test_memory_is_bounded_by_a_leaf(tmp_path):
     (tmp_path / "hf" / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": count}))
     done = run_python(MEASURED, tmp_path / "hf", tmp_path / "out")
     done.check_returncode()
-    assert int(done.stdout) < 2 * block.nbytes + jaxquant.convert.FLUSH_BYTES + 2 * jaxquant.convert.SLICE_BYTES
+    assert int(done.stdout) < 2 * block.nbytes + 2 * jaxquant._journal.FLUSH_BYTES + 2 * jaxquant.convert.SLICE_BYTES
     assert load(tmp_path / "out")["layers_7"]["mlp"]["up_proj"]["kernel"].shape == (rows, columns)
 
 
