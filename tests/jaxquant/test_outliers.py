@@ -246,6 +246,22 @@ def test_what_has_no_form_is_recorded_dense(rng):
         _ops.dot_general(q, jnp.ones((N, 2)), (((1,), (0,)), ((), ())))
 
 
+def test_sequential_quantization_goes_on_with_outliers(rng):
+    """The second layer is calibrated on what the first one, outliers in float, gives."""
+    params, x = {"w": weight(rng, 2, K, K)}, inputs(rng, 16)
+
+    def model(p, x):
+        return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w / K), None), x, p["w"])[0]
+
+    config = QuantConfig(W8, algorithm=llm_int8())
+    q = quantize(params, config, apply_fn=model, batches=[x], sequential=True)
+    assert q["w"].index.ravel().tolist() == [7, 7]
+    want = model(params, x)
+    kept = jnp.abs(jax.jit(quantized(model, on_dense="error"))(q, x) - want)
+    stretched = jnp.abs(jax.jit(quantized(model))(quantize(params, QuantConfig(W8)), x) - want)
+    assert kept.mean() < stretched.mean() / 10
+
+
 def test_tables_name_the_format(rng, tmp_path):
     x = inputs(rng, 4, 5)
     params = {"layer": {"kernel": weight(rng, K, N), "bias": jnp.zeros(N)}}
