@@ -67,7 +67,7 @@ def peak():
 def measure(source, target):
     """The conversion, in a process of its own: memory above what importing and compiling take."""
     import jaxquant as jq
-    from jaxquant.convert import convert
+    from jaxquant.conversion import convert
 
     config = jq.QuantConfig.preset("w4a16")
     jq.quantize({"kernel": np.ones((INPUTS, 256), BF16)}, config)

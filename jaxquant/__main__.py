@@ -19,7 +19,7 @@ from jaxquant.algorithms._transform import WeightTransform
 from jaxquant.algorithms.awq import awq
 from jaxquant.algorithms.gptq import gptq
 from jaxquant.algorithms.smoothquant import smoothquant
-from jaxquant.convert import convert, export
+from jaxquant.conversion import convert, export
 from jaxquant.inspection import diff, inspect
 from jaxquant.interop import FORMATS
 from jaxquant.interop._json import read_json

@@ -81,7 +81,7 @@ def inspect(path: Path, *, modules: tuple[Module, ...] | None = None) -> Inspect
     """Tabulates a checkpoint: ours and orbax's from their metadata, quantized Hugging Face layers by reading them.
 
     Args:
-        path: what `jaxquant.convert` reads.
+        path: what `convert` reads.
         modules: for a Hugging Face folder, see `jaxquant.interop.plan_huggingface`.
 
     Returns:
@@ -145,7 +145,7 @@ def diff(a: Path, b: Path, *, modules: tuple[Module, ...] | None = None) -> Iter
     """Compares two checkpoints parameter by parameter, quantized weights by the values they stand for.
 
     Args:
-        a: the reference; what `jaxquant.convert` reads.
+        a: the reference; what `convert` reads.
         b: the other.
         modules: for Hugging Face folders, see `jaxquant.interop.plan_huggingface`.
 

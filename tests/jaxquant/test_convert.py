@@ -17,12 +17,12 @@ import safetensors.numpy
 from flax import nnx
 
 import jaxquant._journal
-import jaxquant.convert
+import jaxquant.conversion
 from jaxquant import QArray, QuantConfig, Rule, load, quantize, save
 from jaxquant.__main__ import main
 from jaxquant._sources import open_source
 from jaxquant.checkpoint import read_manifest
-from jaxquant.convert import convert, export
+from jaxquant.conversion import convert, export
 from jaxquant.inspection import diff, inspect
 from jaxquant.interop import load_huggingface, save_huggingface
 from jaxquant.interop._safetensors import Pending, write_file
@@ -72,7 +72,7 @@ def test_slices_give_the_same_codes(tmp_path, rng, monkeypatch, preset):
         assert not config.default.activation.static
     params = random_params(rng)
     save(tmp_path / "float", params)
-    monkeypatch.setattr(jaxquant.convert, "SLICE_BYTES", D * H * 4 // 5)
+    monkeypatch.setattr(jaxquant.conversion, "SLICE_BYTES", D * H * 4 // 5)
     convert(tmp_path / "float", tmp_path / "out", config)
     assert_same(load(tmp_path / "out"), quantize(params, config))
 
@@ -186,7 +186,7 @@ def run_python(script, *args):
 KILLED = """
     import os, sys
     import jaxquant._journal
-    import jaxquant.convert
+    import jaxquant.conversion
     from jaxquant import QuantConfig
 
     jaxquant._journal.FLUSH_BYTES = 1
@@ -198,7 +198,7 @@ KILLED = """
         if left == 0:
             os._exit(9)
 
-    jaxquant.convert.convert(sys.argv[1], sys.argv[2], QuantConfig.preset("w4a16", group_size=32), progress=die_at_last)
+    jaxquant.conversion.convert(sys.argv[1], sys.argv[2], QuantConfig.preset("w4a16", group_size=32), progress=die_at_last)
 """
 
 
@@ -210,8 +210,8 @@ def test_a_killed_conversion_leaves_nothing_and_goes_on(tmp_path, rng, monkeypat
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "out")
     read = []
-    original = jaxquant.convert.read_leaf
-    monkeypatch.setattr(jaxquant.convert, "read_leaf", lambda *a: read.append(a[1]) or original(*a))
+    original = jaxquant.conversion.read_leaf
+    monkeypatch.setattr(jaxquant.conversion, "read_leaf", lambda *a: read.append(a[1]) or original(*a))
     convert(tmp_path / "hf", tmp_path / "out", W4)
     again = len(read) - (len(open_source(tmp_path / "hf").leaves) - 6)
     assert again in (0, 1), "of the six that were done, only the last, still being written, may be read again"
@@ -257,7 +257,7 @@ MEASURED = """
     import resource, sys
     import numpy as np
     from jaxquant import QuantConfig, load, quantize, save
-    from jaxquant.convert import convert
+    from jaxquant.conversion import convert
 
     def peak():
         return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
@@ -286,7 +286,7 @@ def test_memory_is_bounded_by_a_leaf(tmp_path):
     (tmp_path / "hf" / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": count}))
     done = run_python(MEASURED, tmp_path / "hf", tmp_path / "out")
     done.check_returncode()
-    assert int(done.stdout) < 2 * block.nbytes + 2 * jaxquant._journal.FLUSH_BYTES + 2 * jaxquant.convert.SLICE_BYTES
+    assert int(done.stdout) < 2 * block.nbytes + 2 * jaxquant._journal.FLUSH_BYTES + 2 * jaxquant.conversion.SLICE_BYTES
     assert load(tmp_path / "out")["layers_7"]["mlp"]["up_proj"]["kernel"].shape == (rows, columns)
 
 
