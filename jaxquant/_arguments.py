@@ -22,6 +22,14 @@ class Form:
     static: tuple[tuple[int, Any], ...]
     paths: tuple[str, ...]
 
+    @property
+    def parameters(self) -> tuple[str | None, ...]:
+        """For each array its path in the first argument, or None for the arrays of others."""
+        args, _ = jax.tree.unflatten(self.tree, range(self.tree.num_leaves))
+        first, static = set(jax.tree.leaves(args[0])), dict(self.static)
+        places = [place for place in range(self.tree.num_leaves) if place not in static]
+        return tuple(path if place in first else None for place, path in zip(places, self.paths, strict=True))
+
     def call(self, fn: Callable[..., Any], arrays: Sequence[Any]) -> Any:
         """Calls `fn` with arrays put back between the static leaves."""
         held, rest = dict(self.static), iter(arrays)

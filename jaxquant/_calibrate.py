@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxquant._arguments import Form, split_arguments
 from jaxquant._infer import infer_axes
-from jaxquant._observe import Observation, Observer, Watch, merge_stacks
+from jaxquant._observe import Observation, Observer, Watch, empty_like, merge_stacks
 from jaxquant._rules import Assignment, assign
 from jaxquant._spec import QuantConfig
 from jaxquant._statistics import FLOAT_NEEDS, Statistics
@@ -29,10 +29,12 @@ class Calibration:
     Attributes:
         statistics: by path of the weight; leaves have a leading dimension for each stack or expert axis.
         axes: contracting axes by path, as the model's products sum over them.
+        groups: paths of weights that always meet the same inputs (q, k and v; gate and up), for those that do.
     """
 
     statistics: dict[str, Statistics]
     axes: Mapping[str, tuple[int, ...]]
+    groups: tuple[tuple[str, ...], ...] = ()
 
     @property
     def tokens(self) -> dict[str, jax.Array]:
@@ -54,7 +56,7 @@ class Calibration:
         if self.statistics.keys() != other.statistics.keys() or dict(self.axes) != dict(other.axes):
             odd = sorted(self.statistics.keys() ^ other.statistics.keys())
             raise ValueError(f"Calibration.merge: of different models or configurations; not in both: {odd[:5]}")
-        return Calibration(_merge(self.statistics, other.statistics), self.axes)
+        return Calibration(_merge(self.statistics, other.statistics), self.axes, self.groups)
 
     def save(self, path: str | pathlib.Path, *, overwrite: bool = False) -> None:
         """Writes the statistics to a folder, as `jaxquant.save` does.
@@ -68,7 +70,8 @@ class Calibration:
             for name, stats in self.statistics.items()
         }
         axes = {name: np.asarray(axis, np.int32) for name, axis in self.axes.items()}
-        save(path, {"statistics": held, "axes": axes}, overwrite=overwrite)
+        groups = {group[0]: {name: np.int32(place) for place, name in enumerate(group)} for group in self.groups}
+        save(path, {"statistics": held, "axes": axes, "groups": groups}, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "Calibration":
@@ -84,19 +87,24 @@ class Calibration:
             ValueError: the folder holds something else.
         """
         held = load(path)
-        if not isinstance(held, dict) or held.keys() != {"statistics", "axes"}:
+        if not isinstance(held, dict) or held.keys() != {"statistics", "axes", "groups"}:
             raise ValueError(
                 f"Calibration.load: {path} holds no calibration; give a folder that Calibration.save wrote"
             )
         axes = {name: tuple(map(int, axis)) for name, axis in held["axes"].items()}
-        return cls({name: Statistics(**fields) for name, fields in held["statistics"].items()}, axes)
+        groups = tuple(tuple(sorted(group, key=lambda name: int(group[name]))) for group in held["groups"].values())
+        return cls({name: Statistics(**fields) for name, fields in held["statistics"].items()}, axes, groups)
 
 
 def _flatten(calibration: Calibration) -> tuple[tuple, tuple]:
-    return (calibration.statistics,), tuple(sorted(calibration.axes.items()))
+    return (calibration.statistics,), (tuple(sorted(calibration.axes.items())), calibration.groups)
 
 
-jax.tree_util.register_pytree_node(Calibration, _flatten, lambda axes, children: Calibration(children[0], dict(axes)))
+def _unflatten(static: tuple, children: tuple) -> Calibration:
+    return Calibration(children[0], dict(static[0]), static[1])
+
+
+jax.tree_util.register_pytree_node(Calibration, _flatten, _unflatten)
 
 
 @jax.jit
@@ -145,9 +153,7 @@ def calibrate(apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any],
             f"calibrate: {config.algorithm.name!r} for {compared[0]} compares the quantized model with the float one,"
             " and here is the float one only; give quantize(...) apply_fn and batches"
         )
-    statistics = gather_statistics(apply_fn, params, itertools.chain([first], batches), watches)
-    check_reached(watches, statistics)
-    return Calibration(statistics, {path: watch.axis for path, watch in watches.items()})
+    return gather_statistics(apply_fn, params, itertools.chain([first], batches), watches)
 
 
 def arguments_of(batch: Any) -> tuple:
@@ -157,14 +163,22 @@ def arguments_of(batch: Any) -> tuple:
 
 def gather_statistics(
     apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any], watches: Mapping[str, Watch]
-) -> dict[str, Statistics]:
-    """Runs the float model over batches and merges the statistics of each; see `calibrate`."""
-    observe = make_observer(apply_fn, watches)
-    total = {}
+) -> Calibration:
+    """Runs the float model over batches and adds up the statistics of each; see `calibrate`."""
+    met: dict[str, list] = {}
+    observe = make_observer(apply_fn, watches, met)
+    total = None
     for batch in batches:
-        seen = observe(*split_arguments((params, *arguments_of(batch)), {}))
-        total = _merge(total, seen) if total else seen
-    return total
+        form, arrays = split_arguments((params, *arguments_of(batch)), {})
+        if total is None:
+            total = empty_like(jax.eval_shape(functools.partial(observe, form), {}, arrays))
+            check_reached(watches, total)
+        total = observe(form, total, arrays)
+    groups: dict[Any, list[str]] = {}
+    for path, inputs in met.items():
+        groups.setdefault(str(inputs), []).append(path)
+    together = tuple(tuple(group) for group in groups.values() if len(group) > 1)
+    return Calibration(total or {}, {path: watch.axis for path, watch in watches.items()}, together)
 
 
 def plan_watches(assignments: Mapping[str, Assignment], params: Any, config: QuantConfig) -> dict[str, Watch]:
@@ -189,18 +203,24 @@ def check_reached(watches: Mapping[str, Watch], found: Mapping[str, Any]) -> Non
 
 
 def make_observer(
-    fn: Callable[..., Any], watches: Mapping[str, Watch]
-) -> Callable[[Form, list], dict[str, Statistics]]:
-    """A jitted function from the split arguments of a call to the statistics of the watched parameters."""
+    fn: Callable[..., Any], watches: Mapping[str, Watch], met: dict[str, list]
+) -> Callable[[Form, dict[str, Statistics], list], dict[str, Statistics]]:
+    """A jitted function that adds the statistics of one call, given as split arguments, to those of calls before.
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def observe(form: Form, arrays: list) -> dict[str, Statistics]:
+    The sums stay in place. `met` is filled with what each weight is multiplied with.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def observe(form: Form, held: dict[str, Statistics], arrays: list) -> dict[str, Statistics]:
         jaxpr = jax.make_jaxpr(lambda *arrays: form.call(fn, arrays))(*arrays)
         values = [
-            track(array, path if path in watches else None) for array, path in zip(arrays, form.paths, strict=True)
+            track(array, path if path in watches else None) for array, path in zip(arrays, form.parameters, strict=True)
         ]
-        _, emitted = Observer(watches).run(jaxpr, values)
-        return {path: _finished(path, observed, watches[path]) for path, observed in emitted.items()}
+        observer = Observer(watches)
+        _, emitted = observer.run(jaxpr, values)
+        met.update(observer.met)
+        seen = {path: _finished(path, observed, watches[path]) for path, observed in emitted.items()}
+        return {path: merge_stacks(held[path], new) if path in held else new for path, new in seen.items()}
 
     return observe
 

@@ -2,19 +2,21 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant import _views
 from jaxquant._numerics import all_finite
 from jaxquant._outliers import OutlierArray, dequantize_weight
 from jaxquant._qarray import QArray
 from jaxquant._report import WeightReport, make_row, signal_to_noise
 from jaxquant._resume import Finished
 from jaxquant._rules import Assignment
+from jaxquant._spec import PerChannel, PerGroup
 from jaxquant._statistics import Statistics
 from jaxquant.algorithms._apply import quantize_weight
 from jaxquant.algorithms._transform import WeightTransform
@@ -46,57 +48,110 @@ class Job:
         self.emit(row)
         return weight
 
-    def quantize(self, path: str, name: str, leaf: Any, stats: Statistics | None) -> QArray | OutlierArray:
-        """Quantizes a weight, or a part of one.
+    def joins(self, paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> bool:
+        """Whether weights that meet the same inputs may be quantized as one, side by side."""
+        chosen = self.assignments[paths[0]]
+        alike = all(_same_form(self.assignments[path], chosen) for path in paths)
+        spec = chosen.spec
+        return (
+            alike
+            and spec is not None
+            and join_dim(shapes, chosen.axis) is not None
+            and (isinstance(spec.weight.granularity, PerChannel | PerGroup))
+        )
+
+    def quantize(
+        self, paths: Sequence[str], names: Sequence[str], leaves: Sequence[Any], stats: Statistics | None
+    ) -> list[QArray | OutlierArray]:
+        """Quantizes a weight, or several side by side that meet the same inputs.
 
         Args:
-            path: the parameter.
-            name: in reports: the path, and which layer of a stack.
-            leaf: the float array.
-            stats: statistics of its inputs, or None where nothing is needed.
+            paths: the parameters.
+            names: in reports: the paths, and which layer of a stack.
+            leaves: the float arrays.
+            stats: statistics of their inputs, or None where nothing is needed.
 
         Returns:
-            The quantized weight.
+            The quantized weights.
 
         Raises:
-            ValueError: the weight holds NaN or Inf, or a matrix of it saw no token and `unseen` is `"error"`.
+            ValueError: a weight holds NaN or Inf, or a matrix of it saw no token and `unseen` is `"error"`.
         """
-        weight, row = quantize_calibrated(name, leaf, self.assignments[path], self.algorithm, stats, self.unseen)
-        if self.finished is not None:
-            self.finished.put(name, weight, row)
-        self.emit(row)
-        return weight
+        made = quantize_calibrated(names, leaves, self.assignments[paths[0]], self.algorithm, stats, self.unseen)
+        for name, (weight, row) in zip(names, made, strict=True):
+            if self.finished is not None:
+                self.finished.put(name, weight, row)
+            self.emit(row)
+        return [weight for weight, _ in made]
+
+
+def _same_form(a: Assignment, b: Assignment) -> bool:
+    return (a.spec, a.axis) == (b.spec, b.axis)
+
+
+def join_dim(shapes: Sequence[tuple[int, ...]], axis: tuple[int, ...]) -> int | None:
+    """The output dimension, negative, along which weights can lie side by side; None where there is none.
+
+    >>> join_dim([(8, 4, 16), (8, 2, 16)], (-3,))
+    -2
+    """
+    rank = len(shapes[0])
+    if any(len(shape) != rank for shape in shapes):
+        return None
+    odd = [d for d in range(-rank, 0) if len({shape[d] for shape in shapes}) > 1]
+    outputs = [d for d in range(axis[0], 0) if d not in axis] or [d for d in range(-rank, axis[0])][-1:]
+    held = [d for d in outputs if set(odd) <= {d}]
+    return held[-1] if held else None
 
 
 def quantize_calibrated(
-    path: str,
-    leaf: Any,
+    names: Sequence[str],
+    leaves: Sequence[Any],
     chosen: Assignment,
     algorithm: WeightTransform | None,
     stats: Statistics | None,
     unseen: str,
-) -> tuple[QArray | OutlierArray, WeightReport]:
-    """Quantizes one weight by an algorithm; see `Job.quantize`."""
+) -> list[tuple[QArray | OutlierArray, WeightReport]]:
+    """Quantizes weights that meet the same inputs by an algorithm; see `Job.quantize`."""
     start = time.perf_counter()
-    spec = chosen.spec
+    spec, path = chosen.spec, names[0]
     if spec is None:
         raise ValueError(f"{path}: left in float")
-    w = jnp.asarray(leaf)
-    if not _all_finite(w):
-        raise not_finite(path, w)
+    arrays = [jnp.asarray(leaf) for leaf in leaves]
+    for name, w in zip(names, arrays, strict=True):
+        if not _all_finite(w):
+            raise not_finite(name, w)
+    dim = join_dim([w.shape for w in arrays], chosen.axis) if len(arrays) > 1 else None
+    joined = arrays[0] if dim is None else jnp.concatenate(arrays, dim)
     batch_dims = 0 if stats is None else stats.count.ndim
     options = {"axis": chosen.axis, "batch_dims": batch_dims}
-    quantized, numbers = quantize_weight(w, spec, algorithm, stats, **options)
-    note = ""
+    quantized, numbers = quantize_weight(joined, spec, algorithm, stats, **options)
+    note = "" if dim is None else f"side by side with {len(arrays) - 1} more"
     if stats is not None and not np.all(seen := np.asarray(stats.count) > 0):
         note = _note_unseen(path, seen, unseen)
         if spec.activation is not None and spec.activation.static:
             raise ValueError(f"{path}: {note}, so there is no static activation scale for it; give more batches")
-        nearest, _ = quantize_weight(w, spec, None, None, **options)
+        nearest, _ = quantize_weight(joined, spec, None, None, **options)
         quantized = _replace_unseen(quantized, nearest, jnp.asarray(seen))
-    ratio = float(signal_to_noise(w, _dequantize(quantized)))  # waits, so that no more than one weight is in flight
-    name = algorithm.name if algorithm is not None else "rtn"
-    return quantized, make_row(path, name or "rtn", ratio, numbers, time.perf_counter() - start, note)
+    parts = [quantized] if dim is None else _split(quantized, dim, [w.shape[dim] for w in arrays])
+    ratios = [float(signal_to_noise(w, _dequantize(q))) for w, q in zip(arrays, parts, strict=True)]  # waits for them
+    name, seconds = algorithm.name if algorithm is not None else "", (time.perf_counter() - start) / len(parts)
+    rows = [make_row(n, name or "rtn", r, numbers, seconds, note) for n, r in zip(names, ratios, strict=True)]
+    return list(zip(parts, rows, strict=True))
+
+
+def _split(w: QArray | OutlierArray, dim: int, sizes: Sequence[int]) -> list[QArray | OutlierArray]:
+    """Takes weights that lie side by side apart."""
+    parts, start = [], 0
+    for size in sizes:
+        if isinstance(w, OutlierArray):
+            base = _views.slice_dim(w.base, w.ndim + dim, start, start + size)
+            rows = jax.lax.slice_in_dim(w.rows, start, start + size, axis=w.ndim + dim)
+            parts.append(OutlierArray(base, rows, w.index))
+        else:
+            parts.append(_views.slice_dim(w, w.ndim + dim, start, start + size))
+        start += size
+    return parts
 
 
 _all_finite = jax.jit(all_finite)

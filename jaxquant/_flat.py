@@ -37,7 +37,7 @@ def flatten_program(
     jaxpr = jax.make_jaxpr(lambda *arrays: form.call(fn, arrays))(*arrays)
 
     def flat(*arrays: jax.Array) -> list:
-        paths = [path if path in watched else None for path in form.paths]
+        paths = [path if path in watched else None for path in form.parameters]
         values = [track(array, path) for array, path in zip(arrays, paths, strict=True)]
         unroller = Unroller()
         outs, _ = unroller.run(jaxpr, values)

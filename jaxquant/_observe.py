@@ -96,7 +96,7 @@ def read_product(value: Tracked, meeting: Meeting, watch: Watch, rank: int) -> R
         inputs = x.transpose(order).reshape(*sizes, -1, watch.channels)
         return inputs, live_rows(inputs) if lead else None
 
-    return Reading(("product", watch, lead, order), watch, lead, rows)
+    return Reading(("product", watch.channels, watch.needs, tuple(sizes), order), watch, lead, rows)
 
 
 def read_ragged(value: Tracked, watch: Watch) -> Reading:
@@ -123,13 +123,16 @@ class Observer(Tracker):
     """Emits an `Observation` under the path of each watched parameter that meets an input."""
 
     def __init__(self, watches: Mapping[str, Watch]) -> None:
-        """Takes what to gather, by path."""
+        """Takes what to gather, by path; `met` then holds what each weight was multiplied with, product by product."""
         self.watches = watches
+        self.met: dict[str, list] = {}
 
     def product(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array, meeting: Meeting) -> None:
         """Gathers the rows."""
         if (watch := self.watches.get(value.path)) is not None:
-            self.gather(frame, value, read_product(value, meeting, watch, x.ndim), x)
+            reading = read_product(value, meeting, watch, x.ndim)
+            self.met.setdefault(value.path, []).append((frame.stack, id(eqn.invars[1 - meeting.place]), reading.key))
+            self.gather(frame, value, reading, x)
 
     def ragged(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array, sizes: jax.Array) -> None:
         """Gathers the rows of each expert."""
@@ -178,6 +181,11 @@ class Observer(Tracker):
     def blank(self, emitted: Observation) -> Observation:
         """The statistics of no token."""
         return dataclasses.replace(emitted, stats=_nothing(emitted.stats))
+
+
+def empty_like(forms: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    """The statistics of no token for each of some, given as arrays or in abstract form."""
+    return {path: _nothing(form) for path, form in forms.items()}
 
 
 def merge_stacks(a: Statistics, b: Statistics) -> Statistics:

@@ -75,12 +75,12 @@ class Plan:
     born: Mapping[core.Var, Born]
 
 
-def plan_walk(flat: core.ClosedJaxpr, paths: Sequence[str], watches: Mapping[str, Watch]) -> Plan:
+def plan_walk(flat: core.ClosedJaxpr, paths: Sequence[str | None], watches: Mapping[str, Watch]) -> Plan:
     """Finds the products of a flat program with watched weights.
 
     Args:
         flat: the program.
-        paths: of each of its inputs.
+        paths: of each of its inputs that is a parameter, None for others.
         watches: what to gather, by path.
 
     Returns:

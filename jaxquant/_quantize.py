@@ -22,7 +22,7 @@ from jaxquant._resume import Finished, open_finished
 from jaxquant._rules import Assignment, assign
 from jaxquant._sequential import abstract_tree, walk_model
 from jaxquant._spec import QuantConfig, QuantSpec
-from jaxquant._statistics import FLOAT_NEEDS, Statistics
+from jaxquant._statistics import FLOAT_NEEDS
 from jaxquant._tree import is_quantized, map_named, named_leaves
 
 
@@ -95,11 +95,13 @@ def quantize(
     kept = None if resume is None else _open(resume, config, watches, "walk" if walked else "float")
     job = Job(config.algorithm, assignments, unseen, emit, kept)
     if walked and apply_fn is not None:
-        done, statistics = walk_model(apply_fn, params, batches, watches, job, offload=offload), {}
+        done = walk_model(apply_fn, params, batches, watches, job, offload=offload)
+        seen = Calibration({}, {})
     else:
         done = {path: weight for path in watches if (weight := job.restore(path)) is not None}
         left = {path: watch for path, watch in watches.items() if path not in done}
-        statistics = _statistics(apply_fn, params, batches, left, stats)
+        seen = _statistics(apply_fn, params, batches, left, stats)
+    leaves, groups = dict(named_leaves(params)), {path: group for group in seen.groups for path in group}
 
     def quantize_leaf(path: str, leaf: Any) -> Any:
         chosen = assignments[path]
@@ -109,7 +111,12 @@ def quantize(
             return done.pop(path)
         if config.algorithm is None and path not in watches:
             return _round_to_nearest(path, load_leaf(leaf), chosen.spec, chosen.axis)
-        return job.quantize(path, path, load_leaf(leaf), statistics.get(path))
+        paths = [name for name in groups.get(path, (path,)) if name not in done]
+        if len(paths) > 1 and not job.joins(paths, [leaves[name].shape for name in paths]):
+            paths = [path]
+        weights = [load_leaf(leaves[name]) for name in paths]
+        done.update(zip(paths, job.quantize(paths, paths, weights, seen.statistics.get(path)), strict=True))
+        return done.pop(path)
 
     return map_named(quantize_leaf, params)
 
@@ -124,15 +131,14 @@ def _statistics(
     batches: Iterable[Any],
     watches: Mapping[str, Watch],
     stats: Calibration | None,
-) -> dict[str, Statistics]:
+) -> Calibration:
     """The statistics of the watched weights: those given, or gathered now."""
-    statistics = {}
     if stats is not None:
-        statistics = stats.statistics
-    elif watches and apply_fn is not None:
-        statistics = gather_statistics(apply_fn, params, batches, watches)
-    check_reached(watches, statistics)
-    return statistics
+        check_reached(watches, stats.statistics)
+        return stats
+    if watches and apply_fn is not None:
+        return gather_statistics(apply_fn, params, batches, watches)
+    return Calibration({}, {})
 
 
 def _walks(sequential: bool | None, watches: Mapping[str, Watch], stats: Calibration | None) -> bool:

@@ -54,7 +54,7 @@ def walk_model(
             " batches of one shape: pad or drop the last"
         )
     flat = flatten_program(apply_fn, form, arrays, watches)
-    plan = plan_walk(flat, form.paths, watches)
+    plan = plan_walk(flat, form.parameters, watches)
     check_reached(watches, {unit.path: unit for meet in plan.meets for unit in meet.units})
     parameters = {path: leaf for path, leaf in named_leaves(params) if hasattr(leaf, "shape")}
     walk = Walk(flat, plan, watches, Inputs(parameters, lanes, offload), quantizer)

@@ -57,8 +57,15 @@ class Quantizer(Protocol):
     def restore(self, name: str) -> Any | None:
         """A weight that an interrupted run finished, or None."""
 
-    def quantize(self, path: str, name: str, leaf: Any, stats: Statistics | None) -> Any:
-        """Quantizes a unit of the parameter at `path`."""
+    def joins(self, paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> bool:
+        """Whether weights that meet the same inputs may be quantized side by side."""
+        ...
+
+    def quantize(
+        self, paths: Sequence[str], names: Sequence[str], leaves: Sequence[Any], stats: Statistics | None
+    ) -> list[Any]:
+        """Quantizes units of the parameters at `paths`."""
+        ...
 
 
 class Walk:
@@ -105,27 +112,59 @@ class Walk:
 
     def run(self) -> dict[Unit, Any]:
         """Walks to the last product."""
-        for meet in self.plan.meets:
-            targets = self.targets(meet)
-            self.materialize(targets)
-            if not all(unit in self.known for unit in meet.units):
-                for unit, seen in self.observe(meet).items():
+        for group in self.groups():
+            for meet in group:
+                self.materialize(self.targets(meet))
+            units = [unit for meet in group for unit in meet.units]
+            if not all(unit in self.known for unit in units):
+                for unit, seen in self.observe(group).items():
                     held = self.statistics.get(unit)
                     self.statistics[unit] = seen if held is None else merge_stacks(held, seen)
-            for unit in meet.units:
+            for unit in units:
                 self.left[unit] -= 1
-                if not self.left[unit]:
-                    self.finish(unit)
-            self._release(targets)
+            self.finish([unit for unit in dict.fromkeys(units) if not self.left[unit]], len(group) > 1)
+            for meet in group:
+                self._release(self.targets(meet))
         return self.done
 
-    def finish(self, unit: Unit) -> None:
-        """Quantizes a unit whose products have all been met; a branch may hold one that it never multiplies."""
-        if unit in self.known:
-            self.done[unit] = self.known.pop(unit)
-        elif unit in self.statistics:
-            weight, stats = self.float_unit(unit), self.statistics.pop(unit)
-            self.done[unit] = self.quantizer.quantize(unit.path, str(unit), weight, stats)
+    def groups(self) -> list[list[Meet]]:
+        """The meets in order, those together whose units are quantized side by side."""
+        groups: list[list[Meet]] = []
+        for meet in self.plan.meets:
+            if groups and self._joins(groups[-1], meet):
+                groups[-1].append(meet)
+            else:
+                groups.append([meet])
+        return groups
+
+    def _joins(self, group: list[Meet], meet: Meet) -> bool:
+        """Whether a meet has the inputs of those before it, and all of them units met nowhere else."""
+        first, both = group[0], [*group, meet]
+        if meet.reading is None or first.reading is None or len(self.targets(first)) > len(first.inputs):
+            return False
+        units = [unit for each in both for unit in each.units]
+        single = len(set(units)) == len(units) and all(
+            self.left[unit] == 1 and unit not in self.known for unit in units
+        )
+        alike = (first.reading.key, first.inputs) == (meet.reading.key, tuple(self.targets(meet)))
+        return single and alike and self.quantizer.joins([u.path for u in units], [self.shape(u) for u in units])
+
+    def shape(self, unit: Unit) -> tuple[int, ...]:
+        """The shape of a unit."""
+        full, picked = self.watches[unit.path].shape, dict(unit.index)
+        return tuple(size for own, size in zip(range(-len(full), 0), full, strict=True) if own not in picked)
+
+    def finish(self, units: list[Unit], together: bool) -> None:
+        """Quantizes units whose products have all been met; a branch may hold one that it never multiplies."""
+        ready = [unit for unit in units if unit in self.statistics]
+        for some in [ready] if together else [[unit] for unit in ready]:
+            weights, stats = [self.float_unit(unit) for unit in some], self.statistics[some[0]]
+            made = self.quantizer.quantize([unit.path for unit in some], [str(unit) for unit in some], weights, stats)
+            self.done.update(zip(some, made, strict=True))
+        for unit in units:
+            self.statistics.pop(unit, None)
+            if unit in self.known:
+                self.done[unit] = self.known.pop(unit)
 
     def targets(self, meet: Meet) -> list[core.Var]:
         """What a meet reads."""
@@ -242,27 +281,28 @@ class Walk:
         """What a batch has in a variable."""
         return self.lanes[var][stream][place] if var in self.lanes else self.read_common(var)
 
-    def observe(self, meet: Meet) -> dict[Unit, Statistics]:
-        """The statistics of a meet over all batches; products that share an input share them."""
-        if meet.reading is None:
-            return self.observe_branch(meet)
-        (unit,), stream = meet.units, meet.stream if self._needs(meet, "residual") else None
-        key = (meet.reading.key, meet.inputs, stream, self._outputs(meet))
+    def observe(self, group: list[Meet]) -> dict[Unit, Statistics]:
+        """The statistics of meets that share their inputs; the next group may share them too."""
+        first = group[0]
+        if first.reading is None:
+            return self.observe_branch(first)
+        stream, outputs = first.stream if self._needs(first, "residual") else None, sum(map(self._outputs, group))
+        key = (first.reading.key, first.inputs, stream, outputs)
         if self.last is None or self.last[0] != key:
-            self.last = key, self.gather(meet, meet.reading, stream)
-        return {unit: self.last[1]}
+            self.last = key, self.gather(first, first.reading, stream, outputs)
+        return dict.fromkeys((unit for meet in group for unit in meet.units), self.last[1])
 
     def _outputs(self, meet: Meet) -> int:
         """N where the statistics depend on it, else 0."""
         if meet.reading is None or not self._needs(meet, "residual"):
             return 0
-        watch, picked = meet.reading.watch, dict(meet.units[0].index)
-        rest = [own for own in range(-len(watch.shape), 0) if own not in (*watch.axis, *meet.reading.lead, *picked)]
-        return math.prod(watch.shape[own] for own in rest)
+        size = math.prod(self.shape(meet.units[0]))
+        held = math.prod(meet.reading.watch.shape[own] for own in meet.reading.lead)
+        return size // (meet.reading.watch.channels * held)
 
-    def gather(self, meet: Meet, reading: Reading, stream: core.Var | None) -> Statistics:
+    def gather(self, meet: Meet, reading: Reading, stream: core.Var | None, outputs: int) -> Statistics:
         """Adds what a product reads, batch by batch."""
-        crossed, outputs = self._needs(meet, "cross"), self._outputs(meet)
+        crossed = self._needs(meet, "cross")
         update = self.updates.setdefault(
             reading.key,
             jax.jit(lambda stats, *inputs: add_statistics(stats, reading, *inputs), donate_argnums=0),

@@ -212,6 +212,12 @@ def test_uses_without_statistics_name_the_weight(rng, model, error, words):
         jq.calibrate(model, params, [normal(rng, 4, 8)], CONFIG)
 
 
+def test_an_input_of_the_same_name_is_no_weight(rng):
+    params, batch = {"w": normal(rng, 8, 8)}, {"w": normal(rng, 8, 8)}
+    found = jq.calibrate(lambda p, b: b["w"] @ p["w"] @ b["w"].T, params, [batch], CONFIG).statistics
+    assert_gram(found["w"].hessian, batch["w"])
+
+
 def test_no_batch_is_an_error(rng):
     with pytest.raises(ValueError, match="batches is empty"):
         jq.calibrate(by_index, {"w": normal(rng, 2, 8, 8)}, [], CONFIG)

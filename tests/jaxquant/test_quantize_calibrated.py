@@ -53,6 +53,34 @@ def test_scanned_and_unrolled_layers_get_the_same_codes(stack):
     assert len(str(report).splitlines()) == 4
 
 
+def projections(p, x):
+    q, k, v = (jnp.einsum("td,dnh->tnh", x, p[name]) for name in ("query", "key", "value"))
+    return jnp.einsum("tnh,nhd->td", q * jnp.repeat(k, 2, axis=1) + jnp.repeat(v, 2, axis=1), p["out"])
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("algorithm", [jq.gptq(), jq.chain(jq.awq(), jq.salient(fraction=0.1))])
+def test_weights_of_one_input_share_its_scale(rng, sequential, algorithm):
+    shapes = {"query": (32, 4, 8), "key": (32, 2, 8), "value": (32, 2, 8), "out": (4, 8, 32)}
+    params = {name: normal(rng, *shape) for name, shape in shapes.items()}
+    x, report = correlated(rng, 64, 32), jq.Report()
+    config = jq.QuantConfig(rules=(jq.Rule(".*", SPEC),), algorithm=algorithm)
+    options = {"apply_fn": projections, "batches": [x], "sequential": sequential, "report": report}
+    got = jq.quantize(params, config, **options)
+    assert {row.path: row.note for row in report.rows} == dict.fromkeys(
+        ("query", "key", "value"), "side by side with 2 more"
+    ) | {"out": ""}
+    assert {name: q.shape for name, q in got.items()} == shapes
+    if algorithm.name == "gptq":  # columns do not see each other: alone, each is rounded alike
+        alone = jq.quantize(params["query"], config, apply_fn=lambda w, x: jnp.einsum("td,dnh->tnh", x, w), batches=[x])
+        np.testing.assert_array_equal(got["query"].qvalue, alone.qvalue)
+    else:
+        for name in ("key", "value"):
+            np.testing.assert_array_equal(got[name].base.pre_scale, got["query"].base.pre_scale)
+            np.testing.assert_array_equal(got[name].index, got["query"].index)
+    assert jq.quantized(projections, on_dense="error")(got, x).shape == x.shape
+
+
 def test_two_steps_are_one(stack):
     listed, _, x = stack
     stats = jq.calibrate(unrolled, listed, [x], GPTQ)

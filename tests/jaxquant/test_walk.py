@@ -48,14 +48,18 @@ class Rounder:
     """Quantizes with round-to-nearest, and keeps the statistics that each unit was quantized from."""
 
     def __init__(self):
-        self.seen = {}
+        self.seen, self.calls = {}, []
 
     def restore(self, name):
         return None
 
-    def quantize(self, path, name, w, stats):
-        self.seen[name] = stats
-        return round_columns(w)
+    def joins(self, paths, shapes):
+        return True
+
+    def quantize(self, paths, names, leaves, stats):
+        self.seen |= dict.fromkeys(names, stats)
+        self.calls.append(names)
+        return [round_columns(w) for w in leaves]
 
 
 def walk(model, params, batches, needs=("hessian",), axis=(-2,), **options):
@@ -144,7 +148,7 @@ def make_walk(rng, depth, needs=frozenset({"hessian"})):
     form, arrays = split_arguments((params, normal(rng, 4, 8)), {})
     watches = {name: Watch((depth, 8, 8), (-2,), needs) for name in ("down", "up")}
     flat = flatten_program(blocks, form, arrays, watches)
-    plan = plan_walk(flat, form.paths, watches)
+    plan = plan_walk(flat, form.parameters, watches)
     inputs = Inputs(dict(zip(("down", "up"), arrays, strict=False)), [arrays[2:]])
     return Walk(flat, plan, watches, inputs, Rounder())
 
@@ -196,6 +200,21 @@ def test_parts_of_a_fused_weight_are_all_quantized_when_they_are_used(rng):
     _, seen = walk(model, {"a": w, "b": v}, [x])
     q, k, u = np.split(wide(x) @ rounded(w), 3, axis=1)
     np.testing.assert_allclose(seen["b"].hessian, gram(q * k + u), rtol=1e-3, atol=1e-3)
+
+
+def test_weights_of_one_input_are_quantized_together(rng):
+    rounder, x = Rounder(), normal(rng, 5, 8)
+    names = ("a_q", "b_k", "c_v", "d_out", "e_gate", "f_twice")
+    params = {name: normal(rng, 8, 8) for name in names}
+
+    def model(p, x):
+        h = (x @ p["a_q"]) * (x @ p["b_k"]) + jnp.tanh(x @ p["c_v"])
+        h = h @ p["d_out"]
+        return (h @ p["e_gate"]) * (h @ p["f_twice"]) @ p["f_twice"]
+
+    watches = {name: Watch((8, 8), (-2,), frozenset({"hessian"})) for name in names}
+    walk_model(model, params, [x], watches, rounder)
+    assert rounder.calls == [["a_q", "b_k", "c_v"], ["d_out"], ["e_gate"], ["f_twice"]]
 
 
 def test_branches_pool_over_batches(rng):
