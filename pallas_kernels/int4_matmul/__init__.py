@@ -82,7 +82,7 @@ def int4_matmul(
         raise NotImplementedError(f"int4_matmul: {reason}")
     elif implementation not in (None, "mosaic_gpu", "xla"):
         raise ValueError(f"implementation={implementation!r}; accepted are 'mosaic_gpu', 'xla' and None")
-    out = cast(jax.Array, _multiply(implementation, config, x.reshape(-1, k), qweight, scale, zero_point, bias))
+    out = cast(jax.Array, _multiply_jit(implementation, config, x.reshape(-1, k), qweight, scale, zero_point, bias))
     return out.reshape(*x.shape[:-1], n + pad)[..., :n]
 
 
@@ -129,6 +129,8 @@ def _multiply_backward(implementation, config, residuals, cotangent):
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
+# A model calls the same product in every layer: traced and lowered once.
+_multiply_jit = jax.jit(_multiply, static_argnums=(0, 1))
 
 
 @functools.cache
