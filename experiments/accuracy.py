@@ -133,9 +133,16 @@ def progress_bar(console: Console) -> Progress:
 
 
 def run(
-    folder: pathlib.Path, recipes: dict[str, Recipe], tokens: np.ndarray, calibration: np.ndarray | None
+    folder: pathlib.Path,
+    recipes: dict[str, Recipe],
+    tokens: np.ndarray,
+    calibration: np.ndarray | None,
+    json_path: pathlib.Path | None,
 ) -> list[Row]:
-    """Evaluates each recipe on the model in `folder`, with a progress bar where the terminal shows one."""
+    """Evaluates each recipe on the model in `folder`, with a progress bar where the terminal shows one.
+
+    The rows so far are written to `json_path` after each recipe.
+    """
     config, params = load_hf(folder)
     params = jax.device_put(params)
     model = Decoder(config)
@@ -147,6 +154,10 @@ def run(
                 name, recipe, model, params, calibration, tokens, lambda n, task=task: bar.advance(task, n)
             )
             rows.append(row)
+            if json_path is not None:
+                json_path.parent.mkdir(parents=True, exist_ok=True)
+                text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+                json_path.write_text(text + "\n", encoding="utf-8")
     return rows
 
 
@@ -189,13 +200,11 @@ def main(argv: list[str] | None = None) -> None:
         tokens = load_tokens(args.tokens, args.model, "evaluation.npy")
         if tokens is None:
             raise ValueError(f"{args.model} has no evaluation.npy; give --tokens Y.npy")
-        rows = run(args.model, recipes, tokens, load_tokens(args.calibration, args.model, "calibration.npy"))
+        calibration = load_tokens(args.calibration, args.model, "calibration.npy")
+        rows = run(args.model, recipes, tokens, calibration, args.json)
     except (ValueError, OSError, NotImplementedError) as error:
         sys.exit(f"error: {error}")
     Console().print(table(rows, f"{args.model.name}: {len(tokens)} sequences of {tokens.shape[1] - 1} tokens"))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
