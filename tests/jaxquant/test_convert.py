@@ -198,7 +198,8 @@ KILLED = """
         if left == 0:
             os._exit(9)
 
-    jaxquant.conversion.convert(sys.argv[1], sys.argv[2], QuantConfig.preset("w4a16", group_size=32), progress=die_at_last)
+    config = QuantConfig.preset("w4a16", group_size=32)
+    jaxquant.conversion.convert(sys.argv[1], sys.argv[2], config, progress=die_at_last)
 """
 
 
