@@ -4,8 +4,10 @@
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +17,25 @@ from jaxquant._activation import Dims
 from jaxquant._numerics import expand_grid
 from jaxquant._outlier_products import outlier_product, outlier_refusal, ragged_outliers, split_outliers
 from jaxquant._outliers import OutlierArray, dequantize_weight, view_weight
-from jaxquant._products import product, ready_activation, refusal
+from jaxquant._packed import INT4_LAYOUT, INT8_LAYOUT
+from jaxquant._products import bare, contract, product, ready_activation, refusal
 from jaxquant._qarray import QArray, codes_of, pack_padded
 from jaxquant._qtypes import decode_codes
 from jaxquant._ragged import ragged_product
+from jaxquant._spec import PerGroup, PerToken, TensorSpec
 from jaxquant._views import Unrepresentable, packed_dim
+from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.attention import attention as attention
 from pallas_kernels.decode_attention import decode_attention as decode_attention
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.int4_matmul import pack as pack_int4
 from pallas_kernels.int4_matmul import supports as int4_supports
 from pallas_kernels.int4_matmul import unpack as unpack_int4
+from pallas_kernels.int8_matmul import int8_matmul
+from pallas_kernels.int8_matmul import pack as pack_int8
+from pallas_kernels.int8_matmul import unpack as unpack_int8
 
-INT4_LAYOUT = "int4_fragments"  # the layout of pallas_kernels.int4_matmul
+KERNELS = {INT4_LAYOUT: "int4_matmul", INT8_LAYOUT: "int8_matmul"}
 Quantized = QArray | OutlierArray
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
@@ -92,7 +100,8 @@ def _multiply(x: jax.Array, q: Quantized, dims: Dims, dtype: jnp.dtype, shared: 
         partial_dtype = term.dtype if q.base.layout == "plain" else x.dtype
         return (_multiply(kept, q.base, dims, partial_dtype, shared).astype(term.dtype) + term).astype(dtype)
     if q.layout != "plain" and kernel_refusal(q, dims, x.dtype, dtype) is None:
-        return _int4_product(x, q, dims, {} if shared is None else shared)
+        multiply = _int4_product if q.layout == INT4_LAYOUT else _int8_product
+        return multiply(x, q, dims, dtype, {} if shared is None else shared)
     return product(x, plain(q), dims, dtype, shared)
 
 
@@ -115,8 +124,12 @@ def kernel_refusal(q: QArray, dims: Dims, x_dtype: jnp.dtype, dtype: jnp.dtype) 
         return "an output of its packed matrices is a batch axis"
     if q.pre_scale is not None and any(q.pre_scale.shape[d] > 1 for d in dims.w_free(q.ndim)):
         return "its pre_scale lies along its outputs"
-    if len(dims.w_batch) < stack and n % 64:
-        return f"its {n} outputs do not fill tiles of 64, so that matrices do not lie side by side"
+    tile = 64 if q.layout == INT4_LAYOUT else 128
+    if len(dims.w_batch) < stack and n % tile:
+        return f"its {n} outputs do not fill tiles of {tile}, so that matrices do not lie side by side"
+    if q.layout == INT8_LAYOUT:
+        takes = (jnp.bfloat16, jnp.float16, jnp.float32)
+        return None if x_dtype in takes and dtype in takes else f"the kernel takes no {x_dtype} and gives no {dtype}"
     if dtype != x_dtype:
         return f"the kernel gives x's {x_dtype}, not {dtype}"
     groups = math.prod(_packed.group_cells(q))
@@ -124,30 +137,72 @@ def kernel_refusal(q: QArray, dims: Dims, x_dtype: jnp.dtype, dtype: jnp.dtype) 
     return int4_supports(k, n + -n % 64, groups, x_dtype, has_zero_point=zero, scale_dtype=q.scale.dtype)
 
 
-def _int4_product(x: jax.Array, q: QArray, dims: Dims, shared: dict) -> jax.Array:
+def _int4_product(x: jax.Array, q: QArray, dims: Dims, dtype: jnp.dtype, shared: dict) -> jax.Array:
     """[*batch, *free of x, *free of the weight]: batches of matrices one by one, other matrices side by side."""
-    ready = ready_activation(x, q, dims, shared)[0]
-    order = [dims.x_contract[dims.w_contract.index(d)] for d in _packed.contracting_dims(q)]
-    rows = jnp.transpose(ready, (*dims.x_batch, *dims.x_free(ready.ndim), *order))
-    batch, free = len(dims.x_batch), rows.shape[len(dims.x_batch) : rows.ndim - len(order)]
-    rows = rows.reshape(*rows.shape[: rows.ndim - len(order)], -1)
-    stack = _packed.stack_dims(q)
-    beside = tuple(d for d in range(stack) if d not in dims.w_batch)
+    del dtype  # x's own
+    rows = _packed.to_rows(ready_activation(x, q, dims, shared)[0], q, dims)
 
-    def gather_matrices(leaf: jax.Array, columns: int) -> jax.Array:
-        """Batches to the front; the matrices side by side along the dimension of N."""
-        last = stack + columns
-        between = tuple(range(stack, last))
-        moved = jnp.transpose(leaf, (*dims.w_batch, *between, *beside, *range(last, leaf.ndim)))
-        return moved.reshape(*moved.shape[: batch + columns], -1, *moved.shape[batch + columns + len(beside) + 1 :])
+    def of_grid(grid: jax.Array) -> jax.Array:
+        return _packed.gather_matrices(_packed.grid_to_matrix(grid, q), q, dims, 1)
 
-    grids = [None if g is None else _packed.grid_to_matrix(g, q) for g in (q.scale, q.zero_point)]
-    operands = [gather_matrices(q.qvalue, 0), *(None if g is None else gather_matrices(g, 1) for g in grids)]
+    operands = [_packed.gather_matrices(q.qvalue, q, dims, 0), of_grid(q.scale)]
+    operands += [] if q.zero_point is None else [of_grid(q.zero_point)]
     multiply = int4_matmul
-    for _ in range(batch):
+    for _ in dims.w_batch:
         multiply = jax.vmap(multiply)
-    out = multiply(rows, *operands)
-    return out.reshape(*out.shape[:batch], *free, *(q.shape[d] for d in dims.w_free(q.ndim)))
+    return _packed.to_free(multiply(rows, *operands), rows, q, dims)
+
+
+def _int8_product(x: jax.Array, q: QArray, dims: Dims, dtype: jnp.dtype, shared: dict) -> jax.Array:
+    """As `_int4_product`, of codes on both sides; the derivative passes straight through the rounding of x."""
+    return _codes_product(*_quantized_rows(x, q, dims, shared), q, dims, dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def _codes_product(
+    ready: jax.Array, codes: jax.Array, x_scale: jax.Array, q: QArray, dims: Dims, dtype: jnp.dtype
+) -> jax.Array:
+    """The product of an activation's codes; `ready` is the activation that they were rounded from."""
+    scale = _packed.gather_matrices(_packed.grid_to_matrix(q.scale, q).astype(jnp.float32), q, dims, 1)
+    multiply = functools.partial(int8_matmul, num_outputs=scale.shape[-1], out_dtype=dtype)
+    for _ in dims.w_batch:
+        multiply = jax.vmap(multiply)
+    out = multiply(codes, _packed.gather_matrices(q.qvalue, q, dims, 0), scale, x_scale)
+    return _packed.to_free(out, codes, q, dims)
+
+
+@_codes_product.defjvp
+def _codes_product_jvp(dims: Dims, dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    slope = contract(tangents[0], bare(_plain_array(primals[3])), dims)
+    return _codes_product(*primals, dims, dtype), slope.astype(dtype)
+
+
+def _quantized_rows(x: jax.Array, q: QArray, dims: Dims, shared: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The prepared activation, and the codes and scales of its rows: once for all weights that need the same."""
+    limit = None if q.activation is None or q.act_scale is not None else _kernel_limit(q.activation)
+    if limit is None:
+        ready, codes = ready_activation(x, q, dims, shared)
+        assert codes is not None  # a weight is packed for this product only if it has an activation spec
+        scale = _packed.to_rows(codes.scale, q, dims)
+        sizes = [ready.shape[d] for d in dims.x_batch]
+        scale = jnp.broadcast_to(scale, (*sizes, *scale.shape[len(sizes) :]))
+        return ready, _packed.to_rows(codes.qvalue, q, dims), scale
+    ready = ready_activation(x, dataclasses.replace(q, activation=None), dims, shared)[0]
+    key = id(ready), dims.x_batch, tuple(_packed.contracting_order(q, dims)), q.activation
+    if key not in shared:
+        rows = _packed.to_rows(ready, q, dims)
+        shared[key] = ready, *activation_quant(rows, q.format.code_dtype, limit=limit)
+    return shared[key]
+
+
+def _kernel_limit(spec: TensorSpec) -> float | None:
+    """Levels of the largest magnitude of a token in `activation_quant`, or None where it has no such grid."""
+    by_token = isinstance(spec.granularity, PerToken) and spec.range == "absmax" and spec.scale_dtype == "float32"
+    if not by_token or spec.grid == "signed":
+        return None
+    if not spec.format.is_integer:
+        return spec.format.qmax
+    return {"full": 127.5, "restricted": 127.0, "power": 128.0}[spec.grid]
 
 
 def is_packed(q: Quantized) -> bool:
@@ -158,8 +213,10 @@ def is_packed(q: Quantized) -> bool:
 def packing_refusal(q: Quantized) -> str | None:
     """Says why no Hopper kernel takes a plain weight, or None when one does."""
     q = q.base if isinstance(q, OutlierArray) else q
+    if q.qtype in ("int8", "float8_e4m3fn") and q.activation is not None:
+        return _int8_refusal(q, q.activation)
     if q.format.bits != 4 or not q.format.is_integer:
-        return f"no kernel takes {q.qtype} weights packed; int4 and uint4 are"
+        return f"no kernel takes {q.qtype} weights with float activations; int4 and uint4 are taken"
     if q.activation is not None:
         return f"its activation is quantized to {q.activation.qtype}; the int4 kernel takes 16-bit ones"
     if (q.format.kind == "uint") != (q.zero_point is not None):
@@ -171,30 +228,52 @@ def packing_refusal(q: Quantized) -> str | None:
     return int4_supports(k, n + -n % 64, groups, jnp.bfloat16, has_zero_point=zero, scale_dtype=q.scale.dtype)
 
 
+def _int8_refusal(q: QArray, activation: TensorSpec) -> str | None:
+    if activation.qtype != q.qtype:
+        return f"its activation is quantized to {activation.qtype}; the kernel multiplies {q.qtype} by {q.qtype}"
+    if isinstance(activation.granularity, PerGroup) or math.prod(_packed.group_cells(q)) > 1:
+        return "its scales differ along its inputs"
+    return "it has no outputs" if len(q.axis) == q.ndim else None
+
+
 def pack_array(q: Quantized) -> Quantized:
-    """Packs a plain weight for `pallas_kernels.int4_matmul`; `plain` undoes it exactly.
+    """Packs a plain weight for its kernel; `plain` undoes it exactly.
 
     Args:
         q: a weight that `packing_refusal` lets pass.
 
     Returns:
-        The weight in the layout `INT4_LAYOUT`. Its zero points are in units of signed codes and in the scale's dtype,
-        which holds them exactly.
+        The weight in the layout `INT4_LAYOUT` or `INT8_LAYOUT`. Zero points are in units of signed codes and in the
+        scale's dtype, which holds them exactly.
     """
     if isinstance(q, OutlierArray):
         return dataclasses.replace(q, base=pack_array(q.base))
-    qvalue = pack_int4(_packed.codes_to_matrix(codes_of(q), q))
+    matrix = _packed.codes_to_matrix(codes_of(q), q)
+    if not q.format.packed:
+        return dataclasses.replace(q, qvalue=pack_int8(matrix), layout=INT8_LAYOUT)
+    qvalue = pack_int4(matrix)
     zero = None if q.zero_point is None else q.zero_point.astype(q.scale.dtype) - jnp.asarray(8, q.scale.dtype)
     return dataclasses.replace(q, qvalue=qvalue, zero_point=zero, layout=INT4_LAYOUT)
 
 
+@overload
+def plain(q: QArray) -> QArray: ...
+@overload
+def plain(q: Quantized) -> Quantized: ...
 def plain(q: Quantized) -> Quantized:
     """Gives a weight in the plain layout, unpacking one that is packed for a kernel."""
     if isinstance(q, OutlierArray):
-        return dataclasses.replace(q, base=plain(q.base))
-    if q.layout != INT4_LAYOUT:
+        return dataclasses.replace(q, base=_plain_array(q.base))
+    return _plain_array(q)
+
+
+def _plain_array(q: QArray) -> QArray:
+    if q.layout == "plain":
         return q
     k, n = _packed.matrix_shape(q)
+    if q.layout == INT8_LAYOUT:
+        codes = _packed.codes_from_matrix(unpack_int8(q.qvalue, k, n), q)
+        return dataclasses.replace(q, qvalue=codes, layout="plain")
     codes = _packed.codes_from_matrix(unpack_int4(q.qvalue)[..., :k, :n], q)
     zero = None if q.zero_point is None else (q.zero_point + jnp.asarray(8, q.zero_point.dtype)).astype(jnp.uint8)
     return dataclasses.replace(q, qvalue=pack_padded(codes, q.format, q.axis[-1]), zero_point=zero, layout="plain")
@@ -293,7 +372,9 @@ def ragged_dot(
     if not isinstance(rhs, OutlierArray):
         return ragged_product(lhs, plain(rhs), group_sizes, dtype)
     if rhs.axis != (-2,):
-        raise NotImplementedError(f"ragged_dot: outlier channels along axis {rhs.axis}; those of K, (-2,), are accepted")
+        raise NotImplementedError(
+            f"ragged_dot: outlier channels along axis {rhs.axis}; those of K, (-2,), are accepted"
+        )
     base, term = ragged_outliers(lhs, rhs, group_sizes)
     kept = lhs if rhs.base.activation is None else base
     return (ragged_product(kept, plain(rhs.base), group_sizes, term.dtype) + term).astype(dtype)
@@ -313,7 +394,7 @@ def implementation(
     if q.layout == "plain":
         return "xla", ""
     why = kernel_refusal(q, _dims(lhs_is_weight, dimension_numbers), x_dtype, dtype)
-    return ("int4_matmul", "") if why is None else ("xla", f"unpacked in the program: {why}")
+    return (KERNELS[q.layout], "") if why is None else ("xla", f"unpacked in the program: {why}")
 
 
 def _dims(lhs_is_weight: bool, dimension_numbers: DimensionNumbers) -> Dims:

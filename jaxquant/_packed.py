@@ -1,6 +1,6 @@
 """Weights packed for a kernel: their matrix [K, N], its grids, and the views that survive the packing.
 
-A packed `QArray` keeps its grids as they are; `qvalue` is `[*stack, ...]` with the kernel's four dimensions behind the
+A packed `QArray` keeps its grids as they are; `qvalue` is `[*stack, ...]` with the kernel's dimensions behind the
 stack: the leading dimensions that are no outputs of one product (layers, experts, heads). K runs over the contracting
 axes in the order of `axis`, N over the other dimensions behind the stack in their own order.
 """
@@ -12,17 +12,20 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxquant._activation import Dims
 from jaxquant._qarray import QArray
 from jaxquant._qtypes import as_signed
 from jaxquant._views import Unrepresentable, code_shape, common_factors, map_grids, refine, remake, reshape
 
-TILE_DIMS = 4
+INT4_LAYOUT = "int4_fragments"  # of pallas_kernels.int4_matmul
+INT8_LAYOUT = "int8_k_major"  # of pallas_kernels.int8_matmul
+KERNEL_DIMS = {INT4_LAYOUT: 4, INT8_LAYOUT: 2}
 
 
 def stack_dims(q: QArray) -> int:
     """How many leading dimensions stay in front: of a packed weight, or of a plain one that will be packed."""
     if q.layout != "plain":
-        return q.qvalue.ndim - TILE_DIMS
+        return q.qvalue.ndim - KERNEL_DIMS[q.layout]
     lead = len(q.lead)
     return lead if len(q.trailing) > len(q.axis) else max(lead - 1, 0)
 
@@ -49,16 +52,16 @@ def matrix_shape(q: QArray) -> tuple[int, int]:
 
 
 def codes_to_matrix(codes: jax.Array, q: QArray) -> jax.Array:
-    """Gives the signed codes -8..7 of a plain weight as the kernels' matrix.
+    """Gives the codes of a plain weight, those of uint4 as -8..7, as the kernels' matrix.
 
     Args:
         codes: its unpacked codes.
         q: the weight.
 
     Returns:
-        int8 [*stack, K, N].
+        [*stack, K, N] of int8 or float8.
     """
-    signed = codes if q.format.kind == "int" else as_signed(codes) - jnp.int8(8)
+    signed = as_signed(codes) - jnp.int8(8) if q.format.kind == "uint" else codes
     matrix = jnp.transpose(signed, matrix_order(q))
     return matrix.reshape(*q.shape[: stack_dims(q)], *matrix_shape(q))
 
@@ -68,7 +71,7 @@ def codes_from_matrix(matrix: jax.Array, q: QArray) -> jax.Array:
     order, shape = matrix_order(q), code_shape(q)
     back = sorted(range(q.ndim), key=order.__getitem__)
     signed = jnp.transpose(matrix.reshape([shape[d] for d in order]), back)
-    return signed if q.format.kind == "int" else (signed + jnp.int8(8)).astype(jnp.uint8)
+    return (signed + jnp.int8(8)).astype(jnp.uint8) if q.format.kind == "uint" else signed
 
 
 def group_cells(q: QArray) -> tuple[int, ...]:
@@ -90,6 +93,42 @@ def grid_to_matrix(grid: jax.Array, q: QArray) -> jax.Array:
     return matrix.reshape(*q.shape[: stack_dims(q)], math.prod(group_cells(q)), matrix_shape(q)[1])
 
 
+def contracting_order(q: QArray, dims: Dims) -> list[int]:
+    """The contracting dimensions of x, in the order in which the weight's make K."""
+    return [dims.x_contract[dims.w_contract.index(d)] for d in contracting_dims(q)]
+
+
+def to_rows(x: jax.Array, q: QArray, dims: Dims) -> jax.Array:
+    """An activation, or a grid of it, as [*batch, *free, K]."""
+    order = contracting_order(q, dims)
+    rows = jnp.transpose(x, (*dims.x_batch, *dims.x_free(x.ndim), *order))
+    return rows.reshape(*rows.shape[: rows.ndim - len(order)], -1)
+
+
+def gather_matrices(leaf: jax.Array, q: QArray, dims: Dims, columns: int) -> jax.Array:
+    """Batches to the front; the other matrices of a stack side by side along N.
+
+    Args:
+        leaf: qvalue, or a grid as `grid_to_matrix` gives it.
+        q: the weight.
+        dims: how it meets x.
+        columns: dimensions of the leaf between its stack and that of N.
+
+    Returns:
+        [*batch, ...].
+    """
+    stack, batch = stack_dims(q), len(dims.w_batch)
+    beside = tuple(d for d in range(stack) if d not in dims.w_batch)
+    last = stack + columns
+    moved = jnp.transpose(leaf, (*dims.w_batch, *range(stack, last), *beside, *range(last, leaf.ndim)))
+    return moved.reshape(*moved.shape[: batch + columns], -1, *moved.shape[batch + columns + len(beside) + 1 :])
+
+
+def to_free(out: jax.Array, rows: jax.Array, q: QArray, dims: Dims) -> jax.Array:
+    """A product [*batch, *free of x, N], N cut into the weight's free dimensions."""
+    return out.reshape(*rows.shape[:-1], *(q.shape[d] for d in dims.w_free(q.ndim)))
+
+
 def transposed(q: QArray, permutation: Sequence[int]) -> QArray | None:
     """The packed weight with permuted dimensions, or None where N would run in another order."""
     order, stack = tuple(permutation), stack_dims(q)
@@ -98,14 +137,14 @@ def transposed(q: QArray, permutation: Sequence[int]) -> QArray | None:
         return None
     axis = tuple(order.index(d) - q.ndim for d in contracting_dims(q))
     leaves = map_grids(q, lambda grid: jnp.transpose(grid, order))
-    leaves["qvalue"] = jnp.transpose(q.qvalue, (*order[:stack], *range(stack, stack + TILE_DIMS)))
+    leaves["qvalue"] = jnp.transpose(q.qvalue, (*order[:stack], *range(stack, q.qvalue.ndim)))
     return remake(q, [q.shape[d] for d in order], axis, q.padded, leaves)
 
 
 def reshaped(q: QArray, shape: Sequence[int]) -> QArray | None:
     """The packed weight in another shape, or None where stack, K and N would mix or run in another order."""
     codes = list(code_shape(q))
-    codes[q.axis[-1]] = -(-q.padded // 8) * q.format.bits
+    codes[q.axis[-1]] = -(-q.padded // 8) * q.format.bits if q.format.packed else q.padded
     plain = dataclasses.replace(q, qvalue=jnp.zeros(codes, jnp.uint8), layout="plain")
     try:
         made = reshape(plain, tuple(shape))

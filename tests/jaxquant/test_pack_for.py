@@ -198,7 +198,7 @@ def test_what_no_kernel_takes_stays_plain_and_explain_says_why(rng):
 
     reasons = {row[0]: row[6] for row in jq.explain(fn, packed, activation(rng, 2, 128)).rows}
     assert reasons["int4"] == ""
-    assert reasons["int8"] == "no kernel takes int8 weights packed; int4 and uint4 are"
+    assert reasons["int8"] == "no kernel takes int8 weights with float activations; int4 and uint4 are taken"
     assert reasons["int8 activation"] == "its activation is quantized to int8; the int4 kernel takes 16-bit ones"
     assert reasons["odd groups"].startswith("groups of 48 inputs")
 
