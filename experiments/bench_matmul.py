@@ -33,10 +33,11 @@ VERIFY = [
     *[{"m": m, "k": 4096, "n": 4096, "group": 128, "code": code} for m in (8, 300) for code in (-8, 7)],
     *[{"m": m, "k": 4096, "n": 1024, "group": g, "scale_dtype": "float32"} for m in (2, 150) for g in (128, 4096)],
     *[
-        {"m": m, "k": 14336, "n": 4096, "group": 128, "config": {"block_k": 256, "num_stages": 3} | config}
+        {"m": m, "k": 14336, "n": 4096, "group": 128, "config": {"block_k": 256, "num_stages": 2} | config}
         for m, config in (
             (5, {"block_m": 8, "num_warpgroups": 1, "split_k": 4, "scale_after": True, "blocks_per_sm": 2}),
             (16, {"block_m": 16, "num_warpgroups": 1, "split_k": 3, "scale_after": True, "blocks_per_sm": 3}),
+            (50, {"block_m": 64, "num_warpgroups": 2, "split_k": 2, "scale_after": False}),
         )
     ],
     *[

@@ -16,12 +16,16 @@ GROUP = 128
 CANDIDATES = 12
 
 
-def work(shapes: list[str], tokens: list[int], blocks_per_sm: list[int]) -> list[dict]:
-    """The candidates of every problem that the cost model likes best, of those with so many blocks on an SM."""
+def work(shapes: list[str], tokens: list[int], blocks_per_sm: list[int], scale_after: list[int]) -> list[dict]:
+    """The candidates of every problem that the cost model likes best, of those with the given fields."""
     items = []
     for m, shape in itertools.product(tokens, shapes):
         k, n = SHAPES[shape]
-        takes = [config for config in candidates(m, k, n, k // GROUP) if config.blocks_per_sm in blocks_per_sm]
+        takes = [
+            config
+            for config in candidates(m, k, n, k // GROUP)
+            if config.blocks_per_sm in blocks_per_sm and config.scale_after in scale_after
+        ]
         liked = sorted(takes, key=lambda config: predicted_microseconds(config, m, k, n))
         items += [{"shape": shape, "m": m, "config": dataclasses.asdict(config)} for config in liked[:CANDIDATES]]
     return items
@@ -84,6 +88,7 @@ def main():
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--m", nargs="*", type=int, default=[1, 16, 64, 256, 1024, 4096])
     parser.add_argument("--blocks-per-sm", nargs="*", type=int, default=[1, 2, 3])
+    parser.add_argument("--scale-after", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--json")
@@ -93,7 +98,7 @@ def main():
 
     if options.worker:
         return _workers.serve(measure)
-    items = work(options.shapes, options.m, options.blocks_per_sm)
+    items = work(options.shapes, options.m, options.blocks_per_sm, options.scale_after)
     results = _workers.run(
         "experiments.tune", items, workers=options.workers, seconds=options.seconds, stall=15, kin=_kin
     )

@@ -128,8 +128,10 @@ def candidates(
     if few and num_groups > 1 and k // num_groups == 32:
         block_ks += (128,)
     configs = []
-    cuts = itertools.product(_token_tiles(m), block_ks, warpgroups, clusters)
-    for block_m, block_k, count, (split, peers, blocks) in cuts:
+    cuts = [(*cut, few) for cut in itertools.product(_token_tiles(m), block_ks, warpgroups, clusters)]
+    if few:  # and weights scaled before the product, so that it runs under the next unpacking
+        cuts += [(*cut, False) for cut in itertools.product(_token_tiles(m), (128, 256), (1, 2), clusters[:3])]
+    for block_m, block_k, count, (split, peers, blocks), scale_after in cuts:
         if count == 4 and block_m == 64:  # 96 registers at launch do not hold its accumulators: it spills
             continue
         if (peers > 1 and block_m < 32) or (split > 1 and m > 512):
@@ -141,7 +143,7 @@ def candidates(
             num_warpgroups=count,
             split_k=split,
             multicast=peers,
-            scale_after=few,
+            scale_after=scale_after,
             blocks_per_sm=blocks,
         )
         takes = functools.partial(
@@ -174,8 +176,9 @@ def default_config(
             config = dataclasses.replace(tuned, num_stages=stages)
             if takes(config=config) is None:
                 return config
-    # Several blocks on an SM are for problems that they were tuned on.
-    fitting = [c for c in candidates(m, k, n, num_groups, dtype, has_zero_point, scale_dtype) if c.blocks_per_sm == 1]
+    # The other forms are for problems that they were tuned on.
+    usual = candidates(m, k, n, num_groups, dtype, has_zero_point, scale_dtype)
+    fitting = [c for c in usual if c.blocks_per_sm == 1 and c.scale_after == (m <= FEW_TOKENS)]
     if not fitting:
         raise NotImplementedError(
             f"int4_matmul has no Hopper configuration for M={m}, K={k}, N={n}, {num_groups} groups"
