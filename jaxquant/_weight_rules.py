@@ -289,10 +289,11 @@ def _barrier(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) -
 def _concatenate(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) -> Sequence[Value] | str:
     if not all(isinstance(value, Weight) for value in values):
         return "it joins quantized and float weights"
+    parts = [_ops.plain(value.array) for value in values if isinstance(value.array, QArray)]
+    if len(parts) < len(values):
+        return "it joins weights that have outlier channels"
     try:
-        if any(isinstance(value.array, OutlierArray) for value in values):
-            return "it joins weights that have outlier channels"
-        joined = _views.concatenate([_ops.plain(value.array) for value in values], eqn.params["dimension"])
+        joined = _views.concatenate(parts, eqn.params["dimension"])
     except Unrepresentable as error:
         return str(error)
     return [Weight(joined, " + ".join(dict.fromkeys(value.path for value in values)))]
