@@ -34,7 +34,9 @@ class Assignment:
     reason: str
 
 
-def assign(params: Any, config: QuantConfig, axes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Assignment]:
+def assign(
+    params: Any, config: QuantConfig, axes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Assignment]:
     """Decides every leaf of a parameter tree.
 
     Args:
