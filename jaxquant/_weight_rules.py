@@ -214,7 +214,7 @@ def _survives(q: QArray, eqn: core.JaxprEqn) -> bool:
         return True
     whole = q.shape[_packed.stack_dims(q) :]
     cuts = eqn.primitive.name in ("slice", "dynamic_slice", "split")
-    return cuts and all(out.aval.shape[q.ndim - len(whole) :] == whole for out in eqn.outvars)
+    return cuts and result_of(eqn).shape[q.ndim - len(whole) :] == whole
 
 
 def _permuted(q: QArray, order: Sequence[int]) -> QArray:
