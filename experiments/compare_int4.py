@@ -15,14 +15,17 @@ from pallas_kernels.int4_matmul.cases import SHAPES
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 TUNED = pathlib.Path(__file__).parent.parent / "pallas_kernels" / "int4_matmul" / "tuned.json"
+CLOCK = "CUPTI kernel time, all that the op launches"
 REGIMES = {"M <= 32": (1, 8, 16, 32), "M = 64..256": (64, 128, 256), "M >= 1024": (1024, 4096)}
 
 
 def tuned_times() -> tuple[dict, dict]:
     """How the tuned table was measured, and its microseconds by (M, K, N)."""
     table = json.loads(TUNED.read_text())["NVIDIA H200"]
-    times = {(e["m"], e["k"], e["n"]): e["microseconds"] for e in table.pop("entries")}
-    return {"clock": "CUPTI kernel time, all that the op launches"} | table, times
+    entries = table.pop("entries")
+    times = {(e["m"], e["k"], e["n"]): e["microseconds"] for e in entries}
+    when = {name: sorted({entry[name] for entry in entries}) for name in ("date", "commit", "jax")}
+    return {"device": "NVIDIA H200", "clock": CLOCK} | table | when, times
 
 
 def bench_times(path: str) -> tuple[dict, dict]:
@@ -33,7 +36,7 @@ def bench_times(path: str) -> tuple[dict, dict]:
         for row in run["rows"]
         if "mosaic_gpu_kernel_us" in row
     }
-    return {"clock": "CUPTI kernel time, all that the op launches"} | run["conditions"], times
+    return {"clock": CLOCK} | run["conditions"], times
 
 
 def compare(ours: dict, peers: list[dict]) -> list[dict]:

@@ -1,6 +1,7 @@
 """Which configuration of a kernel is fastest: every candidate verified, then timed.
 
-python -m experiments.tune --op int4 --seconds 300 --json tuned.json [--shapes ...] [--m ...]
+python -m experiments.tune --op int4 --seconds 300 --json tune.json [--shapes ...] [--m ...]
+python -m experiments.tune --merge tune.json [--commit HASH]    # what is faster goes into the kernel's tuned.json
 """
 
 import argparse
@@ -8,10 +9,13 @@ import dataclasses
 import functools
 import itertools
 import json
+import pathlib
 
+from pallas_kernels.int4_matmul import cases
 from pallas_kernels.int4_matmul.cases import SHAPES
 from pallas_kernels.int4_matmul.config import Config, candidates, predicted_microseconds
 
+TABLE = pathlib.Path(cases.__file__).parent / "tuned.json"
 GROUP = 128
 CANDIDATES = 12
 
@@ -82,6 +86,32 @@ def best(results: list[dict]) -> list[dict]:
     return [fastest[key] for key in sorted(fastest)]
 
 
+def merge(run: dict, table: dict, commit: str) -> int:
+    """Puts what a run found faster than the table, or the table has not, into it; returns how many entries changed."""
+    device = table.setdefault(run["conditions"]["device"], {"command": "python -m experiments.tune --op int4"})
+    entries = {(e["k"] * e["n"], e["k"], e["m"]): e for e in device.get("entries", ())}
+    changed = 0
+    for found in run["best"]:
+        k, n = SHAPES[found["shape"]]
+        key, time = (k * n, k, found["m"]), round(found["kernel_us"], 2)
+        if key not in entries or time < entries[key]["microseconds"]:
+            when = {"date": run["conditions"]["date"][:10], "commit": commit, "jax": run["conditions"]["jax"]}
+            entries[key] = {"m": found["m"], "k": k, "n": n, "microseconds": time, "config": found["config"]} | when
+            changed += 1
+    device |= {"group_size": GROUP, "entries": [entries[key] for key in sorted(entries)]}
+    return changed
+
+
+def write_table(table: dict) -> str:
+    """The table as JSON, one entry a line."""
+    parts = []
+    for kind, device in table.items():
+        entries = ",\n".join("      " + json.dumps(entry) for entry in device["entries"])
+        head = "".join(f"    {json.dumps(k)}: {json.dumps(v)},\n" for k, v in device.items() if k != "entries")
+        parts.append(f'  {json.dumps(kind)}: {{\n{head}    "entries": [\n{entries}\n    ]\n  }}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--op", choices=["int4"], default="int4")
@@ -92,12 +122,18 @@ def main():
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--json")
+    parser.add_argument("--merge", help="a file that an earlier run wrote")
+    parser.add_argument("--commit", default="unknown", help="of the code that wrote it")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     from experiments import _workers
 
     if options.worker:
         return _workers.serve(measure)
+    if options.merge:
+        table = json.loads(TABLE.read_text())
+        print(merge(json.loads(pathlib.Path(options.merge).read_text()), table, options.commit), "entries changed")
+        return TABLE.write_text(write_table(table))
     items = work(options.shapes, options.m, options.blocks_per_sm, options.scale_after)
     results = _workers.run(
         "experiments.tune", items, workers=options.workers, seconds=options.seconds, stall=15, kin=_kin
