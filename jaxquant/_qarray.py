@@ -119,7 +119,9 @@ def codes_of(q: QArray) -> jax.Array:
         ValueError: the layout is a kernel's.
     """
     if q.layout != "plain":
-        raise ValueError(f"codes_of: layout {q.layout!r} is a kernel's; jq.pack_for(qparams, 'plain') unpacks it")
+        raise ValueError(
+            f"codes_of: layout {q.layout!r} is packed for a kernel; jq.pack_for(qparams, 'plain') unpacks it"
+        )
     codes = unpack_codes(q.qvalue, q.format, q.axis[-1])
     return jax.lax.slice_in_dim(codes, 0, q.padded, axis=codes.ndim + q.axis[-1])
 
