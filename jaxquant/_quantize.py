@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
+from jax.core import Tracer
 
 from jaxquant._calibrate import Calibration, arguments_of, check_reached, gather_statistics, plan_watches
 from jaxquant._calibrated import Job, not_finite
@@ -194,6 +195,10 @@ def _check_fits(path: str, leaf: Any, chosen: Assignment) -> None:
     """Raises now what would fail for this leaf later, with its path."""
     if chosen.spec is None:
         return
+    if isinstance(leaf, Tracer):
+        raise TypeError(
+            f"{path}: quantize reads its weights, so it cannot be traced by jit, vmap or grad; call it outside"
+        )
     if 0 in leaf.shape:
         raise ValueError(
             f"{path}: shape {tuple(leaf.shape)} has an axis of zero size; leave it with Rule({path!r}, None)"

@@ -49,8 +49,10 @@ def assign(
 
     Raises:
         ValueError: the tree is empty, or a rule matches nothing or names a leaf that cannot be quantized.
-        TypeError: a leaf is no array.
+        TypeError: a leaf is no array, or the configuration no `QuantConfig`.
     """
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config: a QuantConfig is accepted, got {config!r}; QuantConfig.preset('w4a16') makes one")
     leaves = named_leaves(params)
     if not leaves:
         raise ValueError(

@@ -126,6 +126,17 @@ def test_a_leaf_that_is_no_array(rng):
         jq.quantize({"kernel": matrix(rng), "name": "model"}, CONFIG)
 
 
+@pytest.mark.parametrize("config", ["w4a16", CONFIG.default, None])
+def test_a_config_that_is_none(rng, config):
+    with pytest.raises(TypeError, match=r"config: a QuantConfig is accepted, got .*QuantConfig\.preset\('w4a16'\)"):
+        jq.quantize({"kernel": matrix(rng)}, config)
+
+
+def test_under_jit(rng):
+    with pytest.raises(TypeError, match=r"layer/kernel: quantize reads its weights, .*; call it outside"):
+        jax.jit(lambda params: jq.quantize(params, CONFIG))({"layer": {"kernel": matrix(rng)}})
+
+
 @pytest.mark.parametrize("empty", [{}, [], None])
 def test_an_empty_tree(empty):
     refused(empty, CONFIG, "the parameter tree has no leaves", "pass the parameters themselves")
