@@ -164,21 +164,40 @@ def arguments_of(batch: Any) -> tuple:
 def gather_statistics(
     apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any], watches: Mapping[str, Watch]
 ) -> Calibration:
-    """Runs the float model over batches and adds up the statistics of each; see `calibrate`."""
-    met: dict[str, list] = {}
-    observe = make_observer(apply_fn, watches, met)
+    """Runs the float model over batches and adds up the statistics of each; see `calibrate`.
+
+    Weights that always meet the same inputs share one set of statistics.
+    """
+    batches = iter(batches)
+    first = next(batches)
+    groups = group_weights(apply_fn, *split_arguments((params, *arguments_of(first)), {}), watches)
+    observe = make_observer(apply_fn, {group[0]: watches[group[0]] for group in groups}, {})
     total = None
-    for batch in batches:
+    for batch in itertools.chain([first], batches):
         form, arrays = split_arguments((params, *arguments_of(batch)), {})
         if total is None:
             total = empty_like(jax.eval_shape(functools.partial(observe, form), {}, arrays))
-            check_reached(watches, total)
         total = observe(form, total, arrays)
-    groups: dict[Any, list[str]] = {}
-    for path, inputs in met.items():
-        groups.setdefault(str(inputs), []).append(path)
-    together = tuple(tuple(group) for group in groups.values() if len(group) > 1)
-    return Calibration(total or {}, {path: watch.axis for path, watch in watches.items()}, together)
+    statistics = {path: total[group[0]] for group in groups for path in group} if total is not None else {}
+    together = tuple(group for group in groups if len(group) > 1)
+    return Calibration(statistics, {path: watch.axis for path, watch in watches.items()}, together)
+
+
+def group_weights(
+    apply_fn: Callable[..., Any], form: Form, arrays: list, watches: Mapping[str, Watch]
+) -> list[tuple[str, ...]]:
+    """The watched weights, together those that always meet the same inputs, found without computing anything.
+
+    Raises:
+        ValueError: a weight meets no input.
+    """
+    met: dict[str, list] = {}
+    observe = make_observer(apply_fn, watches, met)
+    check_reached(watches, jax.eval_shape(functools.partial(observe, form), {}, arrays))
+    groups: dict[str, list[str]] = {}
+    for path in watches:
+        groups.setdefault(str(met.get(path, path)), []).append(path)
+    return [tuple(group) for group in groups.values()]
 
 
 def plan_watches(assignments: Mapping[str, Assignment], params: Any, config: QuantConfig) -> dict[str, Watch]:

@@ -131,21 +131,21 @@ class Observer(Tracker):
         """Gathers the rows."""
         if (watch := self.watches.get(value.path)) is not None:
             reading = read_product(value, meeting, watch, x.ndim)
-            self.met.setdefault(value.path, []).append((frame.stack, id(eqn.invars[1 - meeting.place]), reading.key))
-            self.gather(frame, value, reading, x)
+            self.gather(frame, value, reading, [eqn.invars[1 - meeting.place]], x)
 
     def ragged(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array, sizes: jax.Array) -> None:
         """Gathers the rows of each expert."""
         if (watch := self.watches.get(value.path)) is not None:
-            self.gather(frame, value, read_ragged(value, watch), x, sizes)
+            self.gather(frame, value, read_ragged(value, watch), [eqn.invars[0], eqn.invars[2]], x, sizes)
 
     def convolution(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array) -> None:
         """Gathers the patches."""
         if (watch := self.watches.get(value.path)) is not None:
-            self.gather(frame, value, read_convolution(value, eqn.params, watch), x)
+            self.gather(frame, value, read_convolution(value, eqn.params, watch), [eqn.invars[0]], x)
 
-    def gather(self, frame: Frame, value: Tracked, reading: Reading, *inputs: jax.Array) -> None:
-        """Emits the statistics of what a product reads."""
+    def gather(self, frame: Frame, value: Tracked, reading: Reading, atoms: list, *inputs: jax.Array) -> None:
+        """Emits the statistics of what a product reads, out of the variables `atoms`."""
+        self.met.setdefault(value.path, []).append((frame.stack, [id(atom) for atom in atoms], reading.key))
         stats, lead, watch = read_statistics(reading, *inputs), reading.lead, reading.watch
         for own, index in zip(value.picked, value.indices, strict=True):
             if own < watch.axis[0]:
