@@ -163,7 +163,7 @@ def train(
         The parameters in bfloat16 and the record of the run.
     """
     model = Decoder(recipe.config, dtype=jnp.bfloat16, implementation=implementation)
-    params = model.init_params(jax.random.key(0))
+    params = jax.jit(model.init_params)(jax.random.key(0))
     state = State(params, optimizer(recipe).init(params), jnp.int32(0))
     tokens = jnp.asarray(train_tokens)
     windows = jnp.asarray(held_out_windows(held_out_tokens, recipe.context))

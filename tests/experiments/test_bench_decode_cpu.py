@@ -17,6 +17,6 @@ def test_a_row_for_each_preset():
         head_dim=64,
     )
     model = Decoder(config)
-    rows = measure(model, model.init_params(jax.random.key(0)), ("w4a16",), rounds=2, steps=2)
+    rows = measure(model, jax.jit(model.init_params)(jax.random.key(0)), ("w4a16",), rounds=2, steps=2)
     assert [row["recipe"] for row in rows] == ["w4a16"]
     assert rows[0]["ratio"] == rows[0]["milliseconds"] / rows[0]["float32_milliseconds"] > 0
