@@ -20,16 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from jaxquant import _views
 from jaxquant._control import aval
-from jaxquant._execution import Execution, Weight, dense
 from jaxquant._interpreter import Frame, Region, bind
 from jaxquant._lazy import load_leaf
 from jaxquant._observe import Observer, Reading, Watch, add_statistics, empty_statistics, merge_stacks
-from jaxquant._outliers import OutlierArray
+from jaxquant._outliers import dequantize_weight
 from jaxquant._plan import Meet, Plan, Unit
+from jaxquant._segments import Segments, nested_constants, weight_only, with_dtype
 from jaxquant._statistics import FLOAT_NEEDS, Statistics
-from jaxquant._tree import is_quantized
 
 COMMON, WEIGHT, LANE = range(3)  # what a variable depends on: parameters only; a unit too; a batch too
 QUANTIZED, FLOAT = range(2)  # streams
@@ -69,11 +67,7 @@ class Quantizer(Protocol):
 
 
 class Walk:
-    """One evaluation of a flat program; `run` gives the quantized units.
-
-    Attributes:
-        compiled: how many different segments there were.
-    """
+    """One evaluation of a flat program; `run` gives the quantized units."""
 
     def __init__(
         self,
@@ -101,14 +95,9 @@ class Walk:
         self.floats: dict[Unit, jax.Array] = {}
         self.statistics: dict[Unit, Statistics] = {}
         self.done: dict[Unit, Any] = {}
-        self.segments: dict[str, Callable] = {}
+        self.segments = Segments()
         self.updates: dict[Any, Callable] = {}
         self.last: tuple[Any, Statistics] | None = None
-
-    @property
-    def compiled(self) -> int:
-        """How many different segments there were."""
-        return len(self.segments)
 
     def run(self) -> dict[Unit, Any]:
         """Walks to the last product."""
@@ -232,7 +221,8 @@ class Walk:
         inside = _count([atom for eqn in evaluated for atom in set(_variables(eqn))])
         lane_vars = [var for eqn in evaluated for var in eqn.outvars]
         outs = [var for var in lane_vars if var in targets or self.pending.get(var, 0) > inside.get(var, 0)]
-        segment, order = self.segment(eqns, list(read), outs)
+        order = {kind: [var for var in read if self.kinds[var] == kind] for kind in (WEIGHT, COMMON, LANE)}
+        segment = self.segments.get(self.body, eqns, list(order.values()), outs)
         for var in outs:
             self.lanes[var] = [[] for _ in range(self.streams)]
         for stream in range(self.streams):
@@ -247,28 +237,20 @@ class Walk:
             self._release(_variables(eqn))
         self.floats = {unit: w for unit, w in self.floats.items() if unit not in self.done}
 
-    def segment(
-        self, eqns: list[core.JaxprEqn], read: list[core.Var], outs: list[core.Var]
-    ) -> tuple[Callable, list[list[core.Var]]]:
-        """The jitted form of equations, and the variables it reads by kind."""
-        order = [[var for var in read if self.kinds[var] == kind] for kind in (COMMON, WEIGHT, LANE)]
-        invars = [var for kind in (WEIGHT, COMMON, LANE) for var in order[kind]]
-        effects = frozenset().union(*(eqn.effects for eqn in eqns))
-        body = self.body.replace(constvars=[], invars=invars, outvars=outs, eqns=eqns, effects=effects)
-        key = f"{[len(vars) for vars in order]} {body} {_nested_constants(eqns)}"
-        if key not in self.segments:
-            self.segments[key] = jax.jit(lambda *values: _execute(body, *values))
-        return self.segments[key], order
-
     def weight(self, var: core.Var, stream: int) -> Any:
-        """A unit as the segment's variable holds it: quantized once it is finished, in the first stream."""
+        """A unit as a segment's variable holds it: quantized once it is finished, in the first stream.
+
+        Many rows are faster multiplied with the float weight that codes stand for, unless they are rounded themselves.
+        """
         born = self.plan.born[var]
         dims = [place for place, own in enumerate(born.dims) if own is None]
         value = self.done.get(born.unit) if stream == QUANTIZED else None
         if value is None:
-            return jnp.expand_dims(self.float_unit(born.unit), dims).astype(aval(var).dtype)
+            value = self.float_unit(born.unit)
+        elif weight_only(value):
+            value = _dequantize(value)
         value = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, dims), value)
-        return _with_dtype(value, aval(var).dtype)
+        return with_dtype(value, aval(var).dtype)
 
     def float_unit(self, unit: Unit) -> jax.Array:
         """The float weight of a unit, loaded when it is first needed."""
@@ -335,7 +317,7 @@ class Walk:
             return Observer(watches).run(core.ClosedJaxpr(body, []), values)[1]
 
         shapes = [(held.dims, watch) for held, watch in zip(owners.values(), watches.values(), strict=True)]
-        key = ("branch", str(body), str(_nested_constants([eqn])), str(shapes))
+        key = ("branch", str(body), str(nested_constants([eqn])), str(shapes))
         update = self.updates.setdefault(key, jax.jit(observe))
         total: dict[Unit, Statistics] = {}
         for place in range(len(self.inputs.batches)):
@@ -367,14 +349,6 @@ class Walk:
                 self.common.pop(var, None)
 
 
-def _execute(body: core.Jaxpr, weights: list, common: list, lanes: list) -> list:
-    """Evaluates a segment in which some weights are quantized."""
-    run = Execution()
-    values = [Weight(w, "weight") if is_quantized(w) else w for w in weights]
-    outs = run.evaluate(core.ClosedJaxpr(body, []), [*values, *common, *lanes], Region())
-    return [dense(out) if run.is_special(out) else out for out in outs]
-
-
 def _variables(eqn: core.JaxprEqn) -> list[core.Var]:
     """What an equation reads, without literals."""
     return [atom for atom in eqn.invars if not isinstance(atom, core.Literal)]
@@ -382,25 +356,6 @@ def _variables(eqn: core.JaxprEqn) -> list[core.Var]:
 
 def _count(items: Iterable[Any]) -> dict[Any, int]:
     return dict(Counter(items))
-
-
-def _nested_constants(value: Any) -> list[int]:
-    """Identities of the constants inside equations, which their printed form does not show."""
-    if isinstance(value, core.ClosedJaxpr):
-        return [*map(id, value.consts), *_nested_constants(value.jaxpr.eqns)]
-    if isinstance(value, core.Jaxpr):
-        return _nested_constants(value.eqns)
-    if isinstance(value, core.JaxprEqn):
-        held = [id(atom.val) for atom in value.invars if isinstance(atom, core.Literal) and np.ndim(atom.val)]
-        return held + _nested_constants(list(value.params.values()))
-    return [found for part in value for found in _nested_constants(part)] if isinstance(value, list | tuple) else []
-
-
-def _with_dtype(w: Any, dtype: Any) -> Any:
-    """A quantized weight of another logical dtype."""
-    if isinstance(w, OutlierArray):
-        return OutlierArray(_views.astype(w.base, dtype), w.rows.astype(dtype), w.index)
-    return _views.astype(w, dtype)
 
 
 def stack_units(done: Mapping[Unit, Any], path: str, shape: tuple[int, ...]) -> Any:
@@ -433,3 +388,6 @@ def stack_units(done: Mapping[Unit, Any], path: str, shape: tuple[int, ...]) -> 
     return jax.tree.map(
         lambda *leaves: jnp.stack(leaves).reshape(*sizes, *leaves[0].shape), *(parts[index] for index in order)
     )
+
+
+_dequantize = jax.jit(dequantize_weight)
