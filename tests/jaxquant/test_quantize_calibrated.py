@@ -3,12 +3,15 @@
 import json
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxquant as jq
+from jaxquant._tree import named_leaves
 
 SPEC = jq.QuantSpec(jq.TensorSpec("int4", jq.PerGroup(16)))
 GPTQ = jq.QuantConfig(SPEC, algorithm=jq.gptq())
@@ -51,6 +54,43 @@ def test_scanned_and_unrolled_layers_get_the_same_codes(stack):
     assert all(row.error < row.error_rtn and row.tokens == 64 and row.dead == 0 for row in report.rows)
     assert json.loads(report.to_json())[0]["algorithm"] == "gptq"
     assert len(str(report).splitlines()) == 4
+
+
+class LinenNet(nn.Module):
+    """Two layers, in linen."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(32, use_bias=False, name="down")(jnp.tanh(nn.Dense(64, use_bias=False, name="up")(x)))
+
+
+class NnxNet(nnx.Module):
+    """The same in nnx."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(32, 64, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(64, 32, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(jnp.tanh(self.up(x)))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_linen_nnx_and_a_plain_function_get_the_same_codes(rng, sequential):
+    x = correlated(rng, 64, 32)
+    weights = {"up": normal(rng, 32, 64) / 6, "down": normal(rng, 64, 32) / 8}
+    options = {"batches": [x[:32], x[32:]], "sequential": sequential}
+    plain = jq.quantize(weights, GPTQ, apply_fn=lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], **options)
+    variables = {"params": {name: {"kernel": w} for name, w in weights.items()}}
+    linen = jq.quantize(variables, GPTQ, apply_fn=LinenNet().apply, **options)["params"]
+    net = NnxNet(nnx.Rngs(0))
+    net.up.kernel[...], net.down.kernel[...] = weights["up"], weights["down"]
+    graph, state = nnx.split(net)
+    merged = jq.quantize(state, GPTQ, apply_fn=lambda state, x: nnx.merge(graph, state)(x), **options)
+    found = dict(named_leaves(merged))
+    for name, expected in plain.items():
+        jax.tree.map(np.testing.assert_array_equal, linen[name]["kernel"], expected)
+        jax.tree.map(np.testing.assert_array_equal, found[f"{name}/kernel"], expected)
 
 
 def projections(p, x):
