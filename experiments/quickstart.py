@@ -88,10 +88,11 @@ def _generate_twice(model: Decoder, params: Any, saved: pathlib.Path) -> tuple[s
 
 def _table(lines: list[Line], sequences: int) -> Table:
     out = Table(
-        title=f"the embedded model, {sequences} held-out sequences of 512 tokens; KL against float32 arithmetic"
+        title=f"the embedded model, {sequences} held-out sequences of 512 tokens",
+        caption="bits a weight, scales counted; parameters in memory; KL against float32 arithmetic",
     )
-    for column in ("recipe", "bits a weight", "MB in memory", "MB on disk", "perplexity", "KL", "seconds"):
-        out.add_column(column, justify="left" if column == "recipe" else "right")
+    for column in ("recipe", "bits", "MB", "MB on disk", "perplexity", "KL", "seconds"):
+        out.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
     for line in lines:
         row = line.row
         sizes = (f"{row.bits:.3f}", f"{row.bytes / 1e6:.2f}", f"{line.disk_bytes / 1e6:.2f}")
