@@ -26,6 +26,8 @@ from experiments.models.hf import load_hf
 from experiments.recipes import RECIPES, Recipe, get_recipes
 
 BATCH = 8  # calibration sequences a step
+DEFAULT = "float,rtn-w8,rtn-w4,rtn-w4-asym,rtn-w3,w8a8,fp8"
+IMPORTED = {"imported": Recipe(None, "a quantized folder, as it is")}
 EMBEDDED_MODEL = pathlib.Path(__file__).parent / "models" / "tiny_python"
 
 
@@ -90,11 +92,13 @@ def measure(
 ) -> tuple[Row, Any]:
     """Quantizes by one recipe and compares the result with the float model computed in float32.
 
+    Where `params` are quantized already, the float model is that of the weights they stand for.
+
     Args:
         name: the recipe's name in the row.
         recipe: how to quantize.
         model: the architecture, and the dtype that the model under test computes in.
-        params: float parameters.
+        params: float parameters; quantized ones where the recipe keeps the checkpoint's own weights.
         calibration: integer [sequences, T + 1] or None.
         tokens: integer [sequences, T + 1] to evaluate on.
         progress: called with the number of sequences done in each step.
@@ -107,9 +111,9 @@ def measure(
     qparams = params if recipe.config is None else quantize_recipe(model, params, recipe, calibration)
     seconds = time.perf_counter() - start
     summary = jq.summary(qparams)
-    forward = model.forward if recipe.config is None else jq.quantized(model.forward, on_dense="error")
+    forward = jq.quantized(model.forward, on_dense="error") if summary.bits_per_weight else model.forward
     reference = model.clone(dtype=jnp.float32).forward
-    result = evaluate(reference, params, forward, qparams, tokens, progress=progress)
+    result = evaluate(reference, jq.dequantize(params), forward, qparams, tokens, progress=progress)
     bits = summary.bits_per_weight or 8.0 * np.dtype(jax.tree.leaves(params)[0].dtype).itemsize
     means = (result.perplexity, float(result.kl.mean()), float(result.agreement.mean()))
     return Row(name, bits, summary.nbytes, *means, seconds, peak_bytes()), qparams
@@ -134,16 +138,21 @@ def progress_bar(console: Console) -> Progress:
 
 def run(
     folder: pathlib.Path,
-    recipes: dict[str, Recipe],
+    recipes: dict[str, Recipe] | None,
     tokens: np.ndarray,
     calibration: np.ndarray | None,
     json_path: pathlib.Path | None,
 ) -> list[Row]:
     """Evaluates each recipe on the model in `folder`, with a progress bar where the terminal shows one.
 
-    The rows so far are written to `json_path` after each recipe.
+    None stands for the default ones, or, where the folder is quantized (GPTQ, AWQ, compressed-tensors), for one row of
+    it as it is. The rows so far are written to `json_path` after each recipe.
     """
     config, params = load_hf(folder)
+    quantized = bool(jq.summary(params).bits_per_weight)
+    if quantized and recipes is not None:
+        raise ValueError(f"--recipes: {folder} is quantized already; leave --recipes out, or give the float model")
+    recipes = recipes or (IMPORTED if quantized else get_recipes(DEFAULT))
     params = jax.device_put(params)
     model = Decoder(config)
     rows = []
@@ -171,10 +180,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", type=pathlib.Path, default=EMBEDDED_MODEL, help="Hugging Face folder; default: the embedded model"
+        "--model",
+        type=pathlib.Path,
+        default=EMBEDDED_MODEL,
+        help="Hugging Face folder, float or quantized (GPTQ, AWQ, compressed-tensors); default: the embedded model",
     )
     parser.add_argument(
-        "--recipes", default="float,rtn-w8,rtn-w4,rtn-w4-asym,rtn-w3,w8a8,fp8", help="comma-separated names"
+        "--recipes", help=f"comma-separated names; default: {DEFAULT}; of a quantized folder: only as it is"
     )
     parser.add_argument(
         "--calibration", type=pathlib.Path, help=".npy of integers [sequences, T+1]; default: the folder's own"
@@ -196,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     args = parse_args(argv)
     try:
-        recipes = get_recipes(args.recipes)
+        recipes = get_recipes(args.recipes) if args.recipes is not None else None
         tokens = load_tokens(args.tokens, args.model, "evaluation.npy")
         if tokens is None:
             raise ValueError(f"{args.model} has no evaluation.npy; give --tokens Y.npy")

@@ -78,7 +78,7 @@ class DecoderConfig:
         """Reads a parsed `config.json` (either generation of its rotary fields).
 
         Raises:
-            NotImplementedError: another model type, activation, rotary scaling or weight format.
+            NotImplementedError: another model type, activation or rotary scaling.
             KeyError: a field that every model of the family states is missing.
         """
         model_type = hf.get("model_type")
@@ -86,8 +86,6 @@ class DecoderConfig:
             raise NotImplementedError(f"model_type: got {model_type!r}, known are {', '.join(_MODEL_TYPES)}")
         if hf.get("hidden_act", "silu") != "silu":
             raise NotImplementedError(f"hidden_act: got {hf['hidden_act']!r}, only 'silu' is known")
-        if hf.get("quantization_config"):
-            raise NotImplementedError("quantization_config: the folder holds quantized weights; give the float model")
         theta, scaling = _rope_from_hf(hf)
         heads = hf["num_attention_heads"]
         bias = bool(hf.get("attention_bias", False))

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder, Params
+from jaxquant.interop import load_huggingface
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _INDEX = "model.safetensors.index.json"
@@ -24,7 +25,8 @@ _INDEX = "model.safetensors.index.json"
 def load_hf(folder: str | pathlib.Path) -> tuple[DecoderConfig, Params]:
     """Reads a Hugging Face folder into a config and the parameter tree of `Decoder`.
 
-    Kernels are transposed to [in, out]; every parameter is a NumPy array of the checkpoint's own dtype.
+    Kernels are transposed to [in, out]; every parameter is a NumPy array of the checkpoint's own dtype, or what
+    `jaxquant.interop.load_huggingface` makes of it where the folder is quantized.
 
     Args:
         folder: holds config.json and model.safetensors, or several safetensors files and their index.
@@ -34,11 +36,14 @@ def load_hf(folder: str | pathlib.Path) -> tuple[DecoderConfig, Params]:
 
     Raises:
         FileNotFoundError: config.json or a safetensors file is missing.
-        NotImplementedError: the config asks for something `Decoder` has not.
+        NotImplementedError: the config asks for something `Decoder` has not, or for a format that is not read.
         ValueError: tensors missing from the files, surplus, of another shape or not float; all are listed.
     """
     folder = pathlib.Path(folder)
-    config = DecoderConfig.from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = DecoderConfig.from_hf(hf)
+    if hf.get("quantization_config") or (folder / "quantize_config.json").is_file():
+        return config, load_huggingface(folder)[0]
     expected = {_hf_name(path): (path, leaf.shape) for path, leaf in _shapes(config).items()}
     flat, surplus = {}, []
     for name, tensor in _tensors(folder):

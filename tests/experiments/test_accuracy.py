@@ -2,13 +2,19 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxquant as jq
 from experiments import accuracy
 from experiments.evaluation import evaluate, token_measures
+from experiments.models import Decoder, DecoderConfig
 from experiments.recipes import RECIPES, get_recipes
+from jaxquant.interop import save_huggingface
+
+SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 
 
 def numpy_measures(reference, logits, targets):
@@ -61,6 +67,40 @@ def test_command_line_writes_rows(tmp_path, capsys):
     assert rows[0]["kl"] < 1e-6 < rows[1]["kl"] < 0.01
     assert 8 < rows[1]["bits"] < 8.2
     assert "rtn-w8" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """A model in 4 bits, and the folder that holds it in GPTQ's format."""
+    rng, folder = np.random.default_rng(), tmp_path_factory.mktemp("imported") / "model"
+    model = Decoder(DecoderConfig(**SIZES, num_attention_heads=2, num_key_value_heads=1, head_dim=16))
+    params = jax.jit(model.init_params)(jax.random.key(rng.integers(2**31)))
+    qparams = jq.quantize(params, jq.QuantConfig.preset("w4a16", group_size=32))
+    config = model.config.to_hf() | {"torch_dtype": "float32"}
+    save_huggingface(folder, jax.tree.map(np.asarray, qparams), config, format="gptq")
+    np.save(folder / "evaluation.npy", rng.integers(0, SIZES["vocab_size"], (3, 9)).astype(np.uint16))
+    return model, qparams, folder
+
+
+def test_a_quantized_folder_is_evaluated_as_it_is(tmp_path, imported):
+    model, qparams, folder = imported
+    out = tmp_path / "rows.json"
+    accuracy.main(["--model", str(folder), "--json", str(out)])
+    (row,) = json.loads(out.read_text())
+    tokens = np.load(folder / "evaluation.npy").astype(np.int32)
+    logits = np.asarray(jax.jit(model.forward)(jq.dequantize(qparams), jnp.asarray(tokens[:, :-1])), np.float64)
+    nll, _, _ = numpy_measures(logits, logits, tokens[:, 1:])
+    assert row["recipe"] == "imported"
+    assert row["bits"] == jq.summary(qparams).bits_per_weight
+    # the same weights in float32, products in another order: eps(float32) * K for K <= 64 is 8e-6 of logits of about 4
+    np.testing.assert_allclose(row["ppl"], np.exp(nll.mean()), rtol=1e-4)
+    assert row["kl"] < 1e-6
+    assert row["top1"] > 0.9  # one tie of 24 may fall otherwise
+
+
+def test_a_quantized_folder_is_not_quantized_again(imported):
+    with pytest.raises(SystemExit, match="model is quantized already; leave --recipes out, or give the float model"):
+        accuracy.main(["--model", str(imported[2]), "--recipes", "rtn-w4"])
 
 
 @pytest.mark.parametrize("names", ["float,rtn-w5", "float,float"])

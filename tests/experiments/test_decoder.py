@@ -118,7 +118,6 @@ def _hf(**changes):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "linear"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         (
             {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4, "layer_types": ["chunked"] * 2},
             "chunked",

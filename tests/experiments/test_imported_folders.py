@@ -1,6 +1,7 @@
 """The reference decoder on folders of other libraries' formats: run as they are, without requantizing."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +52,24 @@ def test_the_decoder_runs_them_as_they_are(tmp_path, rng, model, params, format,
         qparams = jax.tree.map(reordered, qparams, is_leaf=lambda leaf: isinstance(leaf, jq.QArray))
     config = model.config.to_hf() | {"torch_dtype": "float32"}
     save_huggingface(tmp_path, qparams, config, format=format)
-    imported, hf = load_huggingface(tmp_path)
-    assert DecoderConfig.from_hf(hf) == model.config
+    loaded, imported = load_hf(tmp_path)
+    assert loaded == model.config
     tokens = jnp.asarray(rng.integers(0, SIZES["vocab_size"], (2, 9)), jnp.int32)
     forward = jax.jit(jq.quantized(model.forward, on_dense="error"))
     np.testing.assert_array_equal(forward(imported, tokens), forward(qparams, tokens))
+
+
+def test_gptq_folders_from_before_quantization_config_are_read_alike(tmp_path, model, params):
+    qparams = jq.quantize(params, jq.QuantConfig.preset("w4a16", group_size=32))
+    save_huggingface(tmp_path, qparams, model.config.to_hf() | {"torch_dtype": "float32"}, format="gptq")
+    now = load_hf(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    then = load_hf(tmp_path)
+    assert now[0] == then[0]
+    assert jax.tree.structure(now[1]) == jax.tree.structure(then[1])
+    jax.tree.map(np.testing.assert_array_equal, now[1], then[1])
 
 
 def test_float_folders_are_read_alike(tmp_path, model, params):
