@@ -167,10 +167,14 @@ def _kernel(
         def slot_of(tile):
             return lax.rem(tile - begin, jnp.int32(stages))
 
-        def issue_keys(scores_ref, tile):
-            """Starts Q K^T of a tile; past the last tile on whatever keys are there."""
-            pl.when(tile < end)(lambda: plgpu.barrier_wait(k_ready.at[slot_of(tile)]))
-            plgpu.wgmma(scores_ref, rows[1], k_smem.at[slot_of(tile)].T)
+        def wait_for_keys(tile):
+            """Returns the slot of a tile's keys; past the last tile, of whatever keys are there."""
+            slot = slot_of(tile)
+            pl.when(tile < end)(lambda: plgpu.barrier_wait(k_ready.at[slot]))
+            return slot
+
+        def issue_keys(scores_ref, slot):
+            plgpu.wgmma(scores_ref, rows[1], k_smem.at[slot].T)
 
         def weigh(masked: bool, tile, x, maximum, total, k_scale):
             """The softmax of one tile of scores, against the running maximum."""
@@ -210,14 +214,15 @@ def _kernel(
         def step(masked: bool, tile, carry):
             acc, maximum, total, k_scale = carry
             next_k_scale = key_scales(tile + 1)
+            slot = wait_for_keys(tile)
 
             def multiply_keys(scores_ref):
-                issue_keys(scores_ref, tile)
+                issue_keys(scores_ref, slot)
                 if config.ping_pong:
                     _pass_turn(turn)
 
             x = _product(multiply_keys, (ROWS, block), scores_dtype)
-            plgpu.barrier_arrive(k_free.at[slot_of(tile)])
+            plgpu.barrier_arrive(k_free.at[slot])
             p, decay, maximum, total = weigh(masked, tile, x, maximum, total, k_scale)
             acc, total = multiply_values(tile, p, decay, acc, total)
             return acc, maximum, total, next_k_scale
@@ -225,14 +230,15 @@ def _kernel(
         def overlapped_step(masked: bool, tile, carry):
             """The same with the scores of this tile in the carry, while those of the next are being computed."""
             x, acc, maximum, total, k_scale = carry
+            next_slot = wait_for_keys(tile + 1)
 
             def compute(scores_ref):
-                issue_keys(scores_ref, tile + 1)
+                issue_keys(scores_ref, next_slot)
                 next_k_scale = key_scales(tile + 1)
                 p, decay, new_maximum, new_total = weigh(masked, tile, x, maximum, total, k_scale)
                 new_acc, new_total = multiply_values(tile, p, decay, acc, new_total)
                 scores = _as_float(scores_ref[...], scores_dtype)
-                plgpu.barrier_arrive(k_free.at[slot_of(tile + 1)])
+                plgpu.barrier_arrive(k_free.at[next_slot])
                 return scores, new_acc, new_maximum, new_total, next_k_scale
 
             return pl.run_scoped(compute, plgpu.ACC((ROWS, block), _accumulator(scores_dtype)))
@@ -243,8 +249,9 @@ def _kernel(
         acc = plgpu.layout_cast(jnp.zeros((ROWS, q_ref.shape[3]), jnp.float32), TILE)
         carry = acc, per_row(LOWEST_MAXIMUM), per_row(0.0), key_scales(begin)
         if config.overlap:
-            first = _product(lambda ref: issue_keys(ref, begin), (ROWS, block), scores_dtype)
-            plgpu.barrier_arrive(k_free.at[slot_of(begin)])
+            first_slot = wait_for_keys(begin)
+            first = _product(lambda ref: issue_keys(ref, first_slot), (ROWS, block), scores_dtype)
+            plgpu.barrier_arrive(k_free.at[first_slot])
             carry = first, *carry
         advance = overlapped_step if config.overlap else step
         if full_begin is not begin:
@@ -330,13 +337,14 @@ def _pass_turn(turn):
 
 
 def _product(multiply, shape: tuple[int, int], dtype: jnp.dtype):
-    """A product in a fresh accumulator, as float32; an int8 one is MAGIC too large."""
+    """A product in a fresh accumulator, as float32; an int8 one is MAGIC too large.
 
-    def read(ref):
-        multiply(ref)
-        return _as_float(ref[...], dtype)
-
-    return pl.run_scoped(read, plgpu.ACC(shape, _accumulator(dtype)))
+    It starts from a constant, written before its operands are there: ptxas drops zeros that are a constant, while those
+    of a scoped accumulator cost 64 moves right before each product, and 64 additions right after an int8 one.
+    """
+    constant = jnp.full(shape, MAGIC_BITS, jnp.int32) if dtype == INT8 else jnp.zeros(shape, jnp.float32)
+    product = pl.run_state(multiply)(plgpu.ACC.init(plgpu.layout_cast(constant, TILE)))
+    return lax.bitcast_convert_type(product, jnp.float32)
 
 
 def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
@@ -344,7 +352,7 @@ def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def _as_float(accumulator, dtype: jnp.dtype):
-    """An addition instead of a conversion, at a quarter of its cost."""
+    """The same of an accumulator that started from zeros."""
     return lax.bitcast_convert_type(accumulator + MAGIC_BITS, jnp.float32) if dtype == INT8 else accumulator
 
 
