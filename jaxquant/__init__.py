@@ -41,6 +41,14 @@ from jaxquant.algorithms.rtn import rtn as rtn
 from jaxquant.algorithms.smoothquant import smoothquant as smoothquant
 from jaxquant.checkpoint import load as load
 from jaxquant.checkpoint import save as save
+from jaxquant.conversion import convert as convert
+from jaxquant.conversion import export as export
+from jaxquant.inspection import diff as diff
+from jaxquant.inspection import inspect as inspect
+from jaxquant.interop import from_qwix as from_qwix
+from jaxquant.interop import load_huggingface as load_huggingface
+from jaxquant.interop import save_huggingface as save_huggingface
+from jaxquant.interop import to_qwix as to_qwix
 from jaxquant.kv_cache import KVCache as KVCache
 
 __version__ = "0.1.0"

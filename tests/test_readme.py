@@ -3,6 +3,9 @@
 import importlib.util
 import pathlib
 import re
+import shlex
+
+from jaxquant.__main__ import main
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
@@ -35,6 +38,14 @@ def test_shell_blocks_name_real_targets_and_modules():
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
     modules = re.findall(r"python -m ([\w.]+)", shell)
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+
+
+def test_jaxquant_commands_run_in_order(tmp_path, monkeypatch):
+    lines = [line for _, source in blocks("bash") for line in source.splitlines() if line.startswith("jaxquant ")]
+    assert lines
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    assert [line for line in lines if main(shlex.split(line, comments=True)[1:]) != 0] == []
 
 
 def test_links_between_pages_lead_somewhere():
