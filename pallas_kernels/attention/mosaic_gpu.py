@@ -179,8 +179,9 @@ def _kernel(
         def weigh(masked: bool, tile, x, maximum, total, k_scale):
             """The softmax of one tile of scores, against the running maximum."""
             if masked:
-                key = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=TILE) + tile * block
-                x = jnp.where(_is_visible(row_begin, key, kv_length, window), x, -jnp.inf)
+                key = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=TILE)  # counted from the tile's first
+                first_key = tile * block
+                x = jnp.where(_is_visible(row_begin - first_key, key, kv_length - first_key, window), x, -jnp.inf)
             largest = largest_of_columns(x)
             step_size = along_rows(q_scale, largest) * along_columns(k_scale, largest)
             new_maximum = jnp.maximum(maximum, jnp.max((largest - offset) * step_size, axis=1))
@@ -322,12 +323,9 @@ def _key_tiles(first_query, rows: int, q_length, kv_length, window: Window, bloc
 def _is_visible(row_begin, key, kv_length, window: Window):
     query = plgpu.broadcasted_iota(jnp.int32, key.shape, 0, layout=TILE) + row_begin
     left, right = window
-    visible = key < kv_length
-    if left is not None:
-        visible &= key >= query - left
-    if right is not None:
-        visible &= key <= query + right
-    return visible
+    last = kv_length - 1
+    visible = key <= (last if right is None else jnp.minimum(query + right, last))  # one comparison a score
+    return visible if left is None else visible & (key >= query - left)
 
 
 def _pass_turn(turn):
