@@ -140,7 +140,8 @@ def verify(program, args, case: Case, mode: str) -> dict:
         difference = float(jnp.linalg.norm(first[b].astype(jnp.float32) - exact))
         errors.append(difference / norm if norm else difference)
     row["max_error"] = max(errors)
-    return row | {"ok": row["deterministic"] and row["finite"] and row["max_error"] < TOLERANCE}
+    repeats = row["deterministic"] or mode == "cudnn"  # a peer may add in any order
+    return row | {"ok": repeats and row["finite"] and row["max_error"] < TOLERANCE}
 
 
 def _exact(args, sequence: int, *, mode: str, case: Case) -> jax.Array:
