@@ -215,7 +215,7 @@ def test_the_peak_of_a_grouped_product_holds_no_float_copy_of_the_weight(rng):
 
 def test_refusals_say_why(rng):
     q = weight(rng, (64, 24), weight_only(PerChannel()))
-    with pytest.raises(NotImplementedError, match="one side must be a QArray"):
+    with pytest.raises(NotImplementedError, match="one side must be quantized"):
         dot_general(q, q, (((0,), (0,)), ((), ())))
     two = from_like(q, pre_scale=jnp.ones((64, 24)))
     with pytest.raises(NotImplementedError, match="pre_scale"):
