@@ -342,7 +342,7 @@ def _product(multiply, shape: tuple[int, int], dtype: jnp.dtype):
     """
     constant = jnp.full(shape, MAGIC_BITS, jnp.int32) if dtype == INT8 else jnp.zeros(shape, jnp.float32)
     product = pl.run_state(multiply)(plgpu.ACC.init(plgpu.layout_cast(constant, TILE)))
-    return lax.bitcast_convert_type(product, jnp.float32)
+    return lax.bitcast_convert_type(product, jnp.float32)  # pyright: ignore[reportArgumentType] - an array by now
 
 
 def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
