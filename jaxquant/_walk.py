@@ -182,14 +182,14 @@ class Walk:
 
     def slice_to(self, targets: Sequence[core.Var]) -> list[int]:
         """Numbers of the equations not yet evaluated that lead to variables, in order."""
-        found, todo = set(), list(targets)
-        while todo:
-            var = todo.pop()
+        found, pending = set(), list(targets)
+        while pending:
+            var = pending.pop()
             number = self.makers.get(var)
             if var in self.common or var in self.lanes or var in self.plan.born or number is None or number in found:
                 continue
             found.add(number)
-            todo += _variables(self.body.eqns[number])
+            pending += _variables(self.body.eqns[number])
         return sorted(found)
 
     def materialize(self, targets: Sequence[core.Var]) -> None:
