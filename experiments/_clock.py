@@ -26,13 +26,25 @@ def kernel_microseconds(program, args: tuple, *, calls: int, iterations: int = 1
       calls: calls of the op in one run of the program.
       iterations: runs; the median is taken.
     """
+    runs = _profiled_runs(program, args, iterations)
+    return statistics.median(sum(milliseconds for _, milliseconds in run) for run in runs) * 1e3 / calls
+
+
+def microseconds_of_each_kernel(program, args: tuple, *, iterations: int = 10) -> tuple[float, list[tuple[str, float]]]:
+    """Time of a run of a program, by CUPTI: of all its kernels, and of each by name in order; medians over the runs."""
+    runs = _profiled_runs(program, args, iterations)
+    each = [(name, statistics.median(run[i][1] for run in runs) * 1e3) for i, (name, _) in enumerate(runs[0])]
+    return statistics.median(sum(milliseconds for _, milliseconds in run) for run in runs) * 1e3, each
+
+
+def _profiled_runs(program, args: tuple, iterations: int) -> list[list[tuple[str, float]]]:
+    """Of each run of a program, names and milliseconds of its kernels."""
     from jax.experimental.mosaic.gpu import profiler
 
     _, runs = profiler.Cupti(finalize=False).measure(program, aggregate=False, iterations=iterations)(*args)
     if not runs:
         raise RuntimeError("the profiler recorded no kernel")
-    per_run = runs if iterations > 1 else [runs]
-    return statistics.median(sum(milliseconds for _, milliseconds in run) for run in per_run) * 1e3 / calls
+    return runs if iterations > 1 else [runs]
 
 
 def launched_kernels(run) -> list[tuple[str, float]]:

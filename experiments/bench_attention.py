@@ -7,20 +7,16 @@ quantization included; "kernel us" the attention kernel alone; both from the pro
 products, half of them for causal.
 """
 
-import argparse
 import functools
-import json
-import pathlib
 import secrets
-import statistics
 import sys
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from experiments import _workers
-from experiments._clock import conditions
+from experiments import _attention, _workers
+from experiments._clock import graph_microseconds, microseconds_of_each_kernel
 from pallas_kernels.attention import MODES, Config, attention
 from pallas_kernels.attention.cases import CORRECTNESS, SPEED, Case
 from pallas_kernels.attention.quantize import E4M3, LOG2_E, quantize_values, round_to
@@ -36,29 +32,14 @@ SWEEP = {
 
 def main():
     """Runs the bench, or as a worker its rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _attention.command_line(__doc__, seconds=280.0, workers=8)
     parser.add_argument("--verify-only", action="store_true", help="no timing")
     parser.add_argument("--sweep", action="store_true", help="several configurations of each mode on the 8192 rows")
-    parser.add_argument("--json", type=pathlib.Path, help="write every row here")
-    parser.add_argument("--time-limit", type=float, default=280.0, help="seconds for everything")
-    parser.add_argument("--workers", type=int, default=8, help="processes that compile at the same time")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         return _workers.serve(measure)
-    rows = _workers.run(
-        "experiments.bench_attention",
-        items(arguments.verify_only, arguments.sweep),
-        workers=arguments.workers,
-        seconds=arguments.time_limit,
-        on_result=lambda row: print(line(row), flush=True),
-    )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=1))
-    print(f"\n{len(rows)} rows, {sum(not row.get('ok') for row in rows)} not ok")
-    for row in sorted(rows, key=lambda row: (row["case"], row["mode"])):
-        print(line(row))
-    return 0 if all(row.get("ok") for row in rows) else 1
+    rows = items(arguments.verify_only, arguments.sweep)
+    return _attention.run("experiments.bench_attention", arguments, rows, line)
 
 
 def items(verify_only: bool, sweep: bool) -> list[dict]:
@@ -210,11 +191,7 @@ def _exact(q, k, v, *, case: Case, rounded):
 
 
 def _times(program, qkv, case: Case) -> dict:
-    from jax.experimental.mosaic.gpu import profiler
-
-    _, runs = profiler.Cupti(finalize=False).measure(program, aggregate=False, iterations=10)(*qkv)
-    medians = [(name, statistics.median(run[i][1] for run in runs) * 1e3) for i, (name, _) in enumerate(runs[0])]
-    op = statistics.median(sum(ms for _, ms in run) for run in runs) * 1e3
+    op, medians = microseconds_of_each_kernel(program, qkv)
     kernel = next((us for name, us in reversed(medians) if "mosaic" in name), op)  # after those that quantize
     return {
         "op_us": op,
@@ -227,8 +204,6 @@ def _times(program, qkv, case: Case) -> dict:
 
 def _torch_row(case: Case) -> dict:
     import torch
-
-    from experiments._clock import graph_microseconds
 
     q, k, v = (
         torch.randn(case.batch, case.heads, case.tokens, case.head_dim, device="cuda", dtype=torch.bfloat16)

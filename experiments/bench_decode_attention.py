@@ -6,19 +6,15 @@ Each row runs in a process of its own (a kernel that hangs costs only itself). "
 profiler; TB/s counts the bytes of keys, values and scales.
 """
 
-import argparse
 import functools
-import json
-import pathlib
 import secrets
-import statistics
 import sys
 
 import jax
 import jax.numpy as jnp
 
-from experiments import _workers
-from experiments._clock import conditions
+from experiments import _attention, _workers
+from experiments._clock import microseconds_of_each_kernel
 from pallas_kernels.decode_attention import Config, decode_attention
 from pallas_kernels.decode_attention.cases import CORRECTNESS, SPEED, Case
 
@@ -33,28 +29,12 @@ TOLERANCE = 2.0**-7
 
 def main():
     """Runs the bench, or as a worker its rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _attention.command_line(__doc__, seconds=120.0, workers=6)
     parser.add_argument("--sweep", action="store_true", help="several configurations on two of the rows")
-    parser.add_argument("--json", type=pathlib.Path, help="write every row here")
-    parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for everything")
-    parser.add_argument("--workers", type=int, default=6, help="processes that compile at the same time")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         return _workers.serve(measure)
-    rows = _workers.run(
-        "experiments.bench_decode_attention",
-        items(arguments.sweep),
-        workers=arguments.workers,
-        seconds=arguments.time_limit,
-        on_result=lambda row: print(line(row), flush=True),
-    )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=1))
-    print(f"\n{len(rows)} rows, {sum(not row.get('ok') for row in rows)} not ok")
-    for row in sorted(rows, key=lambda row: (row["case"], row["mode"])):
-        print(line(row))
-    return 0 if all(row.get("ok") for row in rows) else 1
+    return _attention.run("experiments.bench_decode_attention", arguments, items(arguments.sweep), line)
 
 
 def items(sweep: bool) -> list[dict]:
@@ -161,11 +141,7 @@ def _exact(args, sequence: int, *, mode: str, case: Case) -> jax.Array:
 
 
 def _times(program, args, case: Case, mode: str) -> dict:
-    from jax.experimental.mosaic.gpu import profiler
-
-    _, runs = profiler.Cupti(finalize=False).measure(program, aggregate=False, iterations=10)(*args)
-    medians = [(name, statistics.median(run[i][1] for run in runs) * 1e3) for i, (name, _) in enumerate(runs[0])]
-    us = statistics.median(sum(ms for _, ms in run) for run in runs) * 1e3
+    us, medians = microseconds_of_each_kernel(program, args)
     bytes_read = case.bytes_read(1 if mode in ("int8", "fp8") else 2)
     return {
         "us": us,
