@@ -11,9 +11,18 @@ import pytest
 import jaxquant as jq
 from jaxquant._qarray import quantize_array
 
-# XLA reads a packed weight rounded to x's dtype, a plain one in codes; both round their result, and a sum of products
-# is rounded once more. Each rounding is at most half an eps of bfloat16 of its own value: four halves in the norm.
-TOLERANCE = 2 * 2.0**-8
+
+@pytest.fixture
+def tolerance():
+    # XLA reads a packed weight rounded to x's dtype, a plain one in codes; both round their result, and a sum of
+    # products is rounded once more. Each rounding is at most half an eps of bfloat16 of its own value: four halves
+    # in the norm.
+    return 2 * 2.0**-8
+
+
+@pytest.fixture
+def kernel():
+    return "int4_matmul", "int4_fragments"
 
 
 def weight(rng, shape, preset="w4a16", group=None, axis=-2, scale=1.0, **changes):
@@ -22,62 +31,30 @@ def weight(rng, shape, preset="w4a16", group=None, axis=-2, scale=1.0, **changes
     return dataclasses.replace(quantize_array(w, config.default, axis=axis), **changes)
 
 
-def activation(rng, *shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-
-
-def assert_close(got, wanted):
-    got, wanted = (np.asarray(a, np.float64) for a in (got, wanted))
-    assert got.shape == wanted.shape
-    assert np.linalg.norm(got - wanted) <= TOLERANCE * np.linalg.norm(wanted)
-
-
-def implementations(fn, *args):
-    return [(row[5], row[6]) for row in jq.explain(fn, *args).rows]
-
-
-def agrees_by_kernel(fn, q, *args):
-    """A packed weight gives what the plain one gives, by the kernel alone; returns the packed one."""
-    packed = jq.pack_for(q, "h200")
-    assert packed.layout == "int4_fragments"
-    assert_close(jax.jit(jq.quantized(fn))(packed, *args), jax.jit(jq.quantized(fn))(q, *args))
-    assert implementations(fn, packed, *args) == [("int4_matmul", "")]
-    return packed
-
-
 @pytest.mark.parametrize("preset", ["w4a16", "w4a16-asym"])
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_packing_is_inverted_bit_for_bit(rng, preset, group):
+def test_packing_is_inverted_bit_for_bit(rng, assert_same, preset, group):
     q = weight(rng, (2, 256, 100), preset, group)
     packed = jq.pack_for({"a": q, "b": 1}, "h200")
     assert packed["a"].shape == q.shape
     assert packed["a"].qvalue.shape == (2, 2, 4, 2, 256)
-    back = jq.pack_for(packed, "plain")
-    assert jax.tree.structure(back) == jax.tree.structure({"a": q, "b": 1})
-    for got, wanted in zip(jax.tree.leaves(back), jax.tree.leaves({"a": q, "b": 1}), strict=True):
-        np.testing.assert_array_equal(got, wanted)
+    assert_same(jq.pack_for(packed, "plain"), {"a": q, "b": 1})
     np.testing.assert_array_equal(*(np.asarray(jq.dequantize(tree), np.float32) for tree in (packed["a"], q)))
 
 
-def test_group_padding_survives_the_round_trip(rng):
-    q = jq.quantize({"w": weight_array(rng, (200, 64))}, jq.QuantConfig.preset("w4a16", pad=True))["w"]
-    back = jq.pack_for(jq.pack_for(q, "h200"), "plain")
-    assert jax.tree.structure(back) == jax.tree.structure(q)
-    np.testing.assert_array_equal(back.qvalue, q.qvalue)
-    agrees_by_kernel(lambda w, x: x @ w, q, activation(rng, 3, 200))
-
-
-def weight_array(rng, shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+def test_group_padding_survives_the_round_trip(activation, assert_same, agrees_by_kernel):
+    q = jq.quantize({"w": activation(200, 64)}, jq.QuantConfig.preset("w4a16", pad=True))["w"]
+    assert_same(jq.pack_for(jq.pack_for(q, "h200"), "plain"), q)
+    agrees_by_kernel(lambda w, x: x @ w, q, activation(3, 200))
 
 
 @pytest.mark.parametrize(
     ("preset", "group"),
     [("w4a16", 32), ("w4a16", 128), ("w4a16-asym", 64), ("w4a16-asym", 128), ("w4a16-channel", None)],
 )
-def test_products_of_every_format(rng, preset, group):
+def test_products_of_every_format(rng, activation, agrees_by_kernel, preset, group):
     q = weight(rng, (256, 100), preset, group)
-    agrees_by_kernel(lambda w, x: x @ w, q, activation(rng, 2, 3, 256))
+    agrees_by_kernel(lambda w, x: x @ w, q, activation(2, 3, 256))
 
 
 @pytest.mark.parametrize(
@@ -91,16 +68,16 @@ def test_products_of_every_format(rng, preset, group):
         ("btd,vd->btv", (2, 3, 128), (96, 128), (-1,)),
     ],
 )
-def test_einsums_of_models(rng, subscripts, x_shape, w_shape, axis):
+def test_einsums_of_models(rng, activation, agrees_by_kernel, subscripts, x_shape, w_shape, axis):
     q = weight(rng, w_shape, axis=axis)
-    agrees_by_kernel(lambda w, x: jnp.einsum(subscripts, x, w), q, activation(rng, *x_shape))
+    agrees_by_kernel(lambda w, x: jnp.einsum(subscripts, x, w), q, activation(*x_shape))
 
 
-def test_factors_and_input_order_of_the_activation(rng):
+def test_factors_and_input_order_of_the_activation(rng, activation, agrees_by_kernel):
     factors = jnp.asarray(rng.uniform(0.5, 2, (128, 1)), jnp.float32)
     order = jnp.asarray(rng.permutation(128)[:, None], jnp.int32)
     q = weight(rng, (128, 64), group=32, pre_scale=factors, perm=order)
-    agrees_by_kernel(lambda w, x: x @ w, q, activation(rng, 5, 128))
+    agrees_by_kernel(lambda w, x: x @ w, q, activation(5, 128))
 
 
 @pytest.mark.parametrize(
@@ -115,8 +92,8 @@ def test_factors_and_input_order_of_the_activation(rng):
     ],
     ids=["cast", "transpose", "reshape", "scalar", "stop_gradient", "remat"],
 )
-def test_views_that_keep_the_layout(rng, fn):
-    agrees_by_kernel(fn, weight(rng, (128, 64)), activation(rng, 3, 128))
+def test_views_that_keep_the_layout(rng, activation, agrees_by_kernel, fn):
+    agrees_by_kernel(fn, weight(rng, (128, 64)), activation(3, 128))
 
 
 @pytest.mark.parametrize(
@@ -132,25 +109,25 @@ def test_views_that_keep_the_layout(rng, fn):
     ],
     ids=["outputs", "inputs", "concatenate", "mixed", "other side", "float32", "gather"],
 )
-def test_what_does_not_keep_the_layout_says_so(rng, fn):
+def test_what_does_not_keep_the_layout_says_so(rng, activation, assert_close, implementations, fn):
     q = weight(rng, (128, 64), group=64)
-    x, packed = activation(rng, 3, 128), jq.pack_for(q, "h200")
+    x, packed = activation(3, 128), jq.pack_for(q, "h200")
     assert_close(jax.jit(jq.quantized(fn))(packed, x), jax.jit(jq.quantized(fn))(q, x))
     for name, reason in implementations(fn, packed, x):
         assert name == "xla"
         assert reason.startswith("unpacked in the program: ")
 
 
-def test_a_float32_result_is_not_rounded(rng):
+def test_a_float32_result_is_not_rounded(rng, activation, implementations):
     q = jq.pack_for(weight(rng, (128, 64)), "h200")
     fn = lambda w, x: jnp.matmul(x, w, preferred_element_type=jnp.float32)  # noqa: E731
-    ((name, reason),) = implementations(fn, q, activation(rng, 3, 128))
+    ((name, reason),) = implementations(fn, q, activation(3, 128))
     assert (name, reason) == ("xla", "unpacked in the program: the kernel gives x's bfloat16, not float32")
 
 
-def test_stacks_are_scanned_indexed_and_mapped(rng):
+def test_stacks_are_scanned_indexed_and_mapped(rng, activation, assert_close, implementations, agrees_by_kernel):
     q = weight(rng, (3, 128, 128), scale=0.1)
-    x = activation(rng, 2, 128)
+    x = activation(2, 128)
 
     def scanned(w, x):
         return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
@@ -169,25 +146,25 @@ def test_stacks_are_scanned_indexed_and_mapped(rng):
     assert_close(mapped, jax.vmap(step, in_axes=(0, None))(q, x))
 
 
-def test_low_rank_terms_are_added_to_the_kernel_product(rng):
-    q, x = weight(rng, (128, 64)), activation(rng, 3, 128)
-    a, b = activation(rng, 128, 4), activation(rng, 4, 64)
+def test_low_rank_terms_are_added_to_the_kernel_product(rng, activation, agrees_by_kernel):
+    q, x = weight(rng, (128, 64)), activation(3, 128)
+    a, b = activation(128, 4), activation(4, 64)
     agrees_by_kernel(lambda w, x: x @ (w + a @ b), q, x)
 
 
-def test_gradient_reaches_the_activation(rng):
-    q, x, slope = weight(rng, (128, 64)), activation(rng, 3, 128), activation(rng, 3, 64)
+def test_gradient_reaches_the_activation(rng, activation, assert_close):
+    q, x, slope = weight(rng, (128, 64)), activation(3, 128), activation(3, 64)
     loss = lambda x, w: jnp.sum(jq.quantized(lambda w, x: x @ w)(w, x) * slope)  # noqa: E731
     assert_close(jax.grad(loss)(x, jq.pack_for(q, "h200")), jax.grad(loss)(x, q))
 
 
-def test_what_no_kernel_takes_stays_plain_and_explain_says_why(rng):
+def test_what_no_kernel_takes_stays_plain_and_explain_says_why(rng, activation):
     params = {
         "int4": weight(rng, (128, 64)),
         "int8": weight(rng, (128, 64), "w8a16"),
         "int8 activation": weight(rng, (128, 64), "w4a8"),
         "odd groups": weight(rng, (96, 64), group=48),
-        "float": weight_array(rng, (128, 64)),
+        "float": activation(128, 64),
     }
     packed = jq.pack_for(params, "h200")
     layouts = {path: getattr(leaf, "layout", None) for path, leaf in packed.items()}
@@ -196,7 +173,7 @@ def test_what_no_kernel_takes_stays_plain_and_explain_says_why(rng):
     def fn(p, x):
         return sum(x[:, : w.shape[0]] @ w for w in p.values())
 
-    reasons = {row[0]: row[6] for row in jq.explain(fn, packed, activation(rng, 2, 128)).rows}
+    reasons = {row[0]: row[6] for row in jq.explain(fn, packed, activation(2, 128)).rows}
     assert reasons["int4"] == ""
     assert reasons["int8"] == "no kernel takes int8 weights with float activations; int4 and uint4 are taken"
     assert reasons["int8 activation"] == "its activation is quantized to int8; the int4 kernel takes 16-bit ones"
@@ -217,14 +194,10 @@ def test_bits_are_those_of_the_buffers(rng):
     assert jq.summary(q).bits_per_weight == pytest.approx(4 + 24 / 128)
 
 
-def test_checkpoints_keep_the_layout(rng, tmp_path):
+def test_checkpoints_keep_the_layout(rng, assert_same, tmp_path):
     q = jq.pack_for({"w": weight(rng, (2, 128, 64), "w4a16-asym")}, "h200")
     jq.save(tmp_path / "packed", q)
-    back = jq.load(tmp_path / "packed")
-    assert jax.tree.structure(back) == jax.tree.structure(q)
-    for got, wanted in zip(jax.tree.leaves(back), jax.tree.leaves(q), strict=True):
-        assert got.dtype == wanted.dtype
-        np.testing.assert_array_equal(got, wanted)
+    assert_same(jq.load(tmp_path / "packed"), q)
 
 
 class Model(nn.Module):
@@ -234,8 +207,8 @@ class Model(nn.Module):
         return nn.DenseGeneral(64, (-2, -1), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)(heads)
 
 
-def test_a_flax_model_reaches_the_kernel_and_its_decode_is_its_prefill(rng):
-    model, x = Model(), activation(rng, 5, 128)
+def test_a_flax_model_reaches_the_kernel_and_its_decode_is_its_prefill(rng, activation, assert_close, implementations):
+    model, x = Model(), activation(5, 128)
     params = model.init(jax.random.key(int(rng.integers(2**31))), x)
     config = jq.QuantConfig.preset("w4a16", group_size=64)
     qparams = jq.pack_for(jq.quantize(params, config, apply_fn=model.apply, batches=[(x,)]), "h200")

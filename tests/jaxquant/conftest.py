@@ -1,0 +1,60 @@
+"""What the tests of packed weights share; a module that uses `agrees_by_kernel` gives its `tolerance` and `kernel`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+
+
+@pytest.fixture
+def activation(rng):
+    """Draws a bfloat16 array of a shape."""
+    return lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+
+@pytest.fixture
+def assert_close(tolerance):
+    """Asserts that the norm of an error is at most `tolerance` of the norm of what was wanted."""
+
+    def check(got, wanted):
+        got, wanted = (np.asarray(a, np.float64) for a in (got, wanted))
+        assert got.shape == wanted.shape
+        assert np.linalg.norm(got - wanted) <= tolerance * np.linalg.norm(wanted)
+
+    return check
+
+
+@pytest.fixture
+def assert_same():
+    """Asserts that two trees are of one structure, and their leaves of one dtype and value."""
+
+    def check(got, wanted):
+        assert jax.tree.structure(got) == jax.tree.structure(wanted)
+        for leaf, expected in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            leaf, expected = np.asarray(leaf), np.asarray(expected)
+            assert leaf.dtype == expected.dtype
+            np.testing.assert_array_equal(leaf, expected)
+
+    return check
+
+
+@pytest.fixture
+def implementations():
+    """Lists what runs each product of a function, and why not a kernel."""
+    return lambda fn, *args: [(row[5], row[6]) for row in jq.explain(fn, *args).rows]
+
+
+@pytest.fixture
+def agrees_by_kernel(kernel, assert_close, implementations):
+    """Asserts that a packed weight gives what the plain one gives, by the kernel alone."""
+    name, layout = kernel
+
+    def check(fn, q, *args):
+        packed = jq.pack_for(q, "h200")
+        assert packed.layout == layout
+        assert_close(jax.jit(jq.quantized(fn))(packed, *args), jax.jit(jq.quantized(fn))(q, *args))
+        assert implementations(fn, packed, *args) == [(name, "")]
+
+    return check
