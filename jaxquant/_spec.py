@@ -122,6 +122,10 @@ class TensorSpec:
         if not 0 < self.percentile <= 100:
             raise ValueError(f"TensorSpec: percentile must lie in (0, 100], got {self.percentile!r}")
 
+    def __str__(self) -> str:
+        """Format and granularity."""
+        return f"{self.qtype} {self.granularity}"
+
     @property
     def format(self) -> QType:
         """The number format looked up."""
@@ -176,6 +180,10 @@ class QuantSpec:
                 f"QuantSpec: weight {self.weight.qtype} and activation {activation.qtype} share no product;"
                 " take integers on both sides or float8 on both"
             )
+
+    def __str__(self) -> str:
+        """The weight's format, and the activation's."""
+        return str(self.weight) if self.activation is None else f"{self.weight}, activation {self.activation}"
 
 
 def _check_pattern(pattern: str, what: str) -> None:
@@ -270,6 +278,14 @@ class QuantConfig:
             )
         for pattern in self.skip:
             _check_pattern(pattern, "QuantConfig: skip pattern")
+
+    def __str__(self) -> str:
+        """A line for each rule, then the default: pattern and format."""
+        lines = [(rule.pattern, rule.spec) for rule in self.rules]
+        lines += [] if self.default is None else [("default", self.default)]
+        lines += [] if self.algorithm is None else [("algorithm", self.algorithm.name)]
+        width = max((len(name) for name, _ in lines), default=0)
+        return "\n".join(f"{name:<{width}}  {'float' if what is None else what}" for name, what in lines)
 
     @classmethod
     def preset(
