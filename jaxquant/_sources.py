@@ -136,22 +136,31 @@ def _open_orbax(folder: pathlib.Path) -> Source:
     if metadata is None or metadata.tree is None:
         raise ValueError(f"{folder}: orbax finds no tree in it")
     held = jax.tree_util.tree_flatten_with_path(metadata.tree, is_leaf=_is_metadata)[0]
+    numbers = iter(range(len(held)))
+    tree = _unbox(jax.tree.map(lambda _: next(numbers), metadata.tree, is_leaf=_is_metadata))
     leaves = []
-    for keys, leaf in held:
-        names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in keys]
-        if names[-1] == "value":  # the variable that nnx wraps around an array
-            names.pop()
+    for (keys, leaf), (place, _) in zip(held, jax.tree_util.tree_flatten_with_path(tree)[0], strict=True):
+        path = "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in place)
         abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         nbytes = abstract.size * np.dtype(leaf.dtype).itemsize
-        read = functools.partial(_read_orbax, folder, metadata.tree, keys)
-        leaves.append(Leaf("/".join(names), nbytes, abstract, read))
-    numbers = iter(range(len(leaves)))
-    tree = jax.tree.map(lambda _: next(numbers), metadata.tree, is_leaf=_is_metadata)
+        leaves.append(Leaf(path, nbytes, abstract, functools.partial(_read_orbax, folder, metadata.tree, keys)))
     return Source("orbax", _skeleton(tree), tuple(leaves), _fingerprint(folder, "*", "*/*", "*/*/*"))
 
 
 def _is_metadata(node: Any) -> bool:
     return hasattr(node, "shape")
+
+
+def _unbox(tree: Any) -> Any:
+    """Takes numbered leaves out of their boxes: orbax stores a variable of nnx or linen as `{"value": array}`."""
+    if isinstance(tree, dict):
+        return {key: _unbox(_opened(child)) for key, child in tree.items()}
+    return type(tree)(_unbox(_opened(child)) for child in tree) if isinstance(tree, list | tuple) else tree
+
+
+def _opened(node: Any) -> Any:
+    boxed = isinstance(node, dict) and node.keys() == {"value"} and isinstance(node["value"], int)
+    return node["value"] if boxed else node
 
 
 def _read_orbax(folder: pathlib.Path, tree: Any, keys: tuple[Any, ...]) -> np.ndarray:

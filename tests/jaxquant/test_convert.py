@@ -126,8 +126,25 @@ def test_orbax_checkpoints_of_linen_and_nnx(tmp_path, rng):
     convert(tmp_path / "nnx", tmp_path / "out2", QuantConfig(rules=(Rule("layers/1/kernel", W4.default),)))
     layers = load(tmp_path / "out2")["layers"]
     kernel = state["layers"][1]["kernel"].get_value()
-    assert_same(layers["1"]["kernel"]["value"], quantize({"kernel": kernel}, W4)["kernel"])
-    assert_same(layers["0"]["kernel"]["value"], state["layers"][0]["kernel"].get_value())
+    assert_same(layers["1"]["kernel"], quantize({"kernel": kernel}, W4)["kernel"])
+    assert_same(layers["0"]["kernel"], state["layers"][0]["kernel"].get_value())
+    compared = {row.path: row for row in diff(tmp_path / "nnx", tmp_path / "out2")}
+    assert not any(row.note for row in compared.values()), "the paths are the source's"
+    assert [path for path, row in compared.items() if row.sqnr < np.inf] == ["layers/1/kernel"]
+
+
+def test_only_arrays_alone_in_a_box_are_taken_out(tmp_path):
+    array = np.arange(3, dtype=np.float32)
+    tree = {
+        "attention": {"value": {"kernel": array}, "key": {"value": array + 1}},
+        "table": {"key": array, "value": array},
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", tree)
+    convert(tmp_path / "orbax", tmp_path / "out")
+    assert_same(load(tmp_path / "out"), tree | {"attention": {"value": {"kernel": array}, "key": array + 1}})
+    paths = {leaf.path for leaf in inspect(tmp_path / "orbax").leaves}
+    assert paths == {"attention/value/kernel", "attention/key", "table/key", "table/value"}
 
 
 def test_steps_of_a_manager_are_named(tmp_path):
