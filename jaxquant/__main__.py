@@ -99,6 +99,8 @@ def _load_model(name: str, src: str) -> Callable[..., Any]:
     """Calls FUNCTION with the config.json beside the weights, or None where there is none."""
     module, _, function = name.partition(":")
     config = pathlib.Path(src, "config.json")
+    if "" not in sys.path:  # a console script does not look into the current folder, `python -m` does
+        sys.path.insert(0, "")
     make = getattr(importlib.import_module(module), function, None)
     if make is None:
         raise ValueError(f"--model {name}: {module} has no {function!r}; MODULE:FUNCTION is needed")
@@ -118,7 +120,7 @@ def _config(
 ) -> QuantConfig | None:
     listed = []
     for pattern, name in {} if rules is None else read_json(rules).items():
-        if name is not None and name not in PRESETS:
+        if name is not None and not (isinstance(name, str) and name in PRESETS):
             raise ValueError(f"{rules}: {pattern!r} asks for {name!r}; accepted: null, {', '.join(PRESETS)}")
         listed.append(Rule(pattern, None if name is None else PRESETS[name]))
     if recipe is None:

@@ -390,6 +390,16 @@ def test_the_command_calibrates(tmp_path, rng, monkeypatch):
     assert (np.asarray(kernel.qvalue) != np.asarray(rounded["layers_1"]["mlp"]["up_proj"]["kernel"].qvalue)).any()
 
 
+def test_the_model_may_lie_in_the_current_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    save("model", {"w": np.ones((4, 4), np.float32)})
+    pathlib.Path("model_beside.py").write_text("def make(config):\n    raise ValueError('found')\n")
+    command = ["convert", "model", "out", "--recipe", "w8a16", "--calibrate", "t.npy", "--model", "model_beside:make"]
+    assert main(command) == 2
+    assert capsys.readouterr().err == "jaxquant: found\n"
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -397,6 +407,7 @@ def test_the_command_calibrates(tmp_path, rng, monkeypatch):
         (["convert", "absent", "out"], "no such folder"),
         (["convert", ".", "out"], "neither a jaxquant nor an orbax checkpoint"),
         (["convert", "model", "out", "--rules", "rules.json"], "accepted: null, w8a16"),
+        (["convert", "model", "out", "--rules", "listed.json"], "'w' asks for ['w8a16']; accepted: null, w8a16"),
         (["convert", "model", "out", "--model", "a:b"], "go together"),
         (
             ["convert", "model", "out", "--recipe", "nf4", "--model", "os:none", "--calibrate", "t.npy"],
@@ -411,6 +422,7 @@ def test_errors_of_the_command(tmp_path, monkeypatch, capsys, command, message):
     monkeypatch.chdir(tmp_path)
     save("model", {"w": np.ones((4, 4), np.float32)})
     pathlib.Path("rules.json").write_text('{"w": "w5"}')
+    pathlib.Path("listed.json").write_text('{"w": ["w8a16"]}')
     assert main(command) == 2
     assert message in capsys.readouterr().err
     assert not os.path.exists("out")
