@@ -30,6 +30,7 @@ from jaxquant.interop.names import (
     table_of,
 )
 
+LISTED = 1000  # missing modules in a message; a config may claim any number of layers
 _LOGICAL = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 _SUFFIXES = sorted(
     {*hf_gptq.SUFFIXES, *hf_awq.SUFFIXES, *compressed_tensors.SUFFIXES, *bitsandbytes.SUFFIXES}, key=len, reverse=True
@@ -89,7 +90,7 @@ def plan_huggingface(folder: str | os.PathLike[str], *, modules: tuple[Module, .
     unknown = [module for module, line in found.items() if line is None]
     surplus = sorted(f"{module}.{suffix}" for module in unknown for suffix in by_module[module])
     known = {module: line for module, line in found.items() if line is not None}
-    missing = list(missing_modules(table, list(known.values()), config))
+    missing = list(itertools.islice(missing_modules(table, list(known.values()), config), LISTED))
     if missing or surplus:
         raise ValueError(f"{folder}: does not fit {config.get('model_type')}: missing {missing}, surplus {surplus}")
     decode = _decoder(config, quantization)

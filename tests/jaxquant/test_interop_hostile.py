@@ -273,3 +273,14 @@ def test_quantization_configs(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(base | ({"quantization_config": config} if config else {})))
     with pytest.raises(NAMED, match=message):
         load_huggingface(tmp_path)
+
+
+def test_a_config_of_a_million_layers_makes_no_list_of_them(tmp_path):
+    tensors = {f"model.layers.0.mlp.{x}_proj.weight": np.ones((4, 4), np.float32) for x in ("up", "down")}
+    tensors |= {"model.embed_tokens.weight": np.ones((4, 4), np.float32), "model.norm.weight": np.ones(4, np.float32)}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    config = {"model_type": "llama", "num_hidden_layers": 10**6, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"missing \['model\.layers\.1\.") as caught:
+        load_huggingface(tmp_path)
+    assert len(str(caught.value)) < 100_000
