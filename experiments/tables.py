@@ -19,7 +19,7 @@ def quickstart_table() -> str:
     ]
     for row in rows:
         sizes = f"{row['bits']:.3f} | {row['bytes'] / 1e6:.2f} | {row['disk_bytes'] / 1e6:.2f}"
-        lines.append(f"| {row['recipe']} | {sizes} | {row['ppl']:.3f} | {row['kl']:.1e} |")
+        lines.append(f"| {row['recipe']} | {sizes} | {row['ppl']:.3f} | {row['kl']:.2e} |")
     return "\n".join(lines)
 
 

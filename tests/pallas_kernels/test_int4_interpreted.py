@@ -131,7 +131,7 @@ CONFIG = Config(block_m=8, block_k=128, num_stages=2, num_warpgroups=1, split_k=
     ids=["after", "before", "split", "idle", "multicast"],
 )
 def test_interpreted_kernel_is_the_product(rng, interpreted, monkeypatch, m, k, n, group, clusters, changes):
-    monkeypatch.setattr(kernel, "num_clusters", lambda split: clusters)
+    monkeypatch.setattr(kernel, "num_clusters", lambda cluster, blocks_per_sm: clusters)
     codes = rng.integers(-8, 8, (k, n)).astype(np.int8)
     half = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
     x, scale, bias = half(m, k), half(k // group, n), half(n)
