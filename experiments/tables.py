@@ -23,7 +23,15 @@ def quickstart_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"quickstart": quickstart_table}
+def calibrated_table() -> str:
+    """What the algorithms make of the embedded model, as Markdown."""
+    rows = json.loads((RESULTS / "accuracy_tiny_python.json").read_text(encoding="utf-8"))
+    lines = ["| recipe | bits a weight | perplexity | KL to float | top-1 agreement |", "|---|---|---|---|---|"]
+    lines += [f"| {r['recipe']} | {r['bits']:.3f} | {r['ppl']:.3f} | {r['kl']:.2e} | {r['top1']:.3f} |" for r in rows]
+    return "\n".join(lines)
+
+
+TABLES = {"quickstart": quickstart_table, "calibrated": calibrated_table}
 
 
 def with_tables(text: str) -> str:
