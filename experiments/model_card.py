@@ -13,7 +13,7 @@ license: psf-2.0
 language: code
 library_name: jaxquant
 ---
-# A {millions:.1f}M-parameter Llama of Python source
+# A {millions:.1f}M-parameter {family} of Python source
 
 A language model small enough to be a test fixture, trained only to have real weights to quantize.
 
@@ -37,9 +37,13 @@ Made by `python -m experiments.train_lm`; `loss_curve.json` has the held-out los
 
 def model_card(config: DecoderConfig, record: dict[str, Any], origin: str, samples: Sequence[str]) -> str:
     """Returns the text of the card: data, steps, held-out bits per byte, licence and samples."""
+    experts = config.experts
+    feed_forward = f"MLP {config.intermediate_size}"
+    if experts is not None:
+        feed_forward = f"{experts.count} experts of {experts.intermediate_size}, {experts.per_token} a token"
     architecture = (
         f"{config.model_type}, {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
-        f"MLP {config.intermediate_size}, {config.num_attention_heads} heads over {config.num_key_value_heads} of key "
+        f"{feed_forward}, {config.num_attention_heads} heads over {config.num_key_value_heads} of key "
         f"and value, vocabulary {config.vocab_size}, context {config.max_position_embeddings}"
     )
     data = (
@@ -55,6 +59,7 @@ def model_card(config: DecoderConfig, record: dict[str, Any], origin: str, sampl
     return _CARD.format(
         **record,
         millions=record["parameters"] / 1e6,
+        family="Llama" if experts is None else "Mixtral",
         architecture=architecture,
         data=data,
         training=training,

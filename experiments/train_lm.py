@@ -25,7 +25,8 @@ import optax
 
 from experiments.data import Corpus, encode, read_corpus, sample_windows, train_tokenizer
 from experiments.model_card import model_card
-from experiments.models import Decoder, DecoderConfig, generate, save_hf
+from experiments.models import Decoder, DecoderConfig, Experts, generate, save_hf
+from experiments.models.moe import load_imbalance, route
 
 CHUNK = 25  # optimizer steps in one dispatch
 WARMUP = 100  # steps
@@ -36,13 +37,17 @@ PROMPTS = ("def ", "class Queue", "import os\nimport ", "    def __init__(self")
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is trained and how: `steps` batches of `batch` windows of `context` tokens."""
+    """What is trained and how: `steps` batches of `batch` windows of `context` tokens.
+
+    `balance` is the weight, in the loss, of how unevenly each router spreads its tokens (`load_imbalance`).
+    """
 
     config: DecoderConfig
     batch: int
     steps: int
     peak_rate: float
     weight_decay: float = 0.1
+    balance: float = 0.01
 
     @property
     def context(self) -> int:
@@ -71,11 +76,19 @@ _SMALL = dataclasses.replace(
     num_attention_heads=8,
     num_key_value_heads=4,
 )
+_MOE = dataclasses.replace(
+    _TINY,
+    model_type="mixtral",
+    intermediate_size=128,
+    num_hidden_layers=3,
+    experts=Experts(count=8, per_token=2, intermediate_size=128),
+)
 # The corpus is too little for `small`: in a run of 3200 steps (results/train_small.json) the held-out loss was least,
 # 2.20 nats, at step 750, and 3.12 at the end. So it stops at 800, with about two tokens seen a parameter.
 RECIPES = {
     "tiny": Recipe(_TINY, batch=32, steps=4000, peak_rate=3e-3),
     "small": Recipe(_SMALL, batch=32, steps=800, peak_rate=1.5e-3),
+    "moe": Recipe(_MOE, batch=32, steps=4000, peak_rate=3e-3),
 }
 
 
@@ -117,6 +130,18 @@ def mean_loss(model: Decoder, params: Any, windows: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
 
+def training_loss(recipe: Recipe, model: Decoder, params: Any, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (what the optimizer lowers, the mean cross-entropy in nats) of the int windows [B, T+1]."""
+    windows = windows.astype(jnp.int32)
+    (logits, _), sown = model.apply({"params": params}, windows[:, :-1], mutable=["router"])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+    if recipe.config.experts is None:
+        return loss, loss
+    routers = jax.tree.leaves(sown["router"])
+    uneven = sum(load_imbalance(router, recipe.config.experts.per_token) for router in routers) / len(routers)
+    return loss + recipe.balance * uneven, loss
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_chunk(recipe: Recipe, model: Decoder, state: State, tokens: jax.Array, key: jax.Array, steps: jax.Array):
     """Runs `CHUNK` optimizer steps on random windows of the uint16 tokens [N]; returns the state and losses."""
@@ -124,7 +149,8 @@ def train_chunk(recipe: Recipe, model: Decoder, state: State, tokens: jax.Array,
     def step(state: State, key: jax.Array):
         starts = jax.random.randint(key, (recipe.batch,), 0, tokens.shape[0] - recipe.context)
         windows = jax.vmap(lambda at: jax.lax.dynamic_slice(tokens, (at,), (recipe.context + 1,)))(starts)
-        loss, gradient = jax.value_and_grad(functools.partial(mean_loss, model))(state.params, windows)
+        lower = jax.value_and_grad(functools.partial(training_loss, recipe, model), has_aux=True)
+        (_, loss), gradient = lower(state.params, windows)
         update, moments = optimizer(recipe).update(gradient, state.optimizer, state.params)
         rate = learning_rate(state.step, steps, recipe.peak_rate)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, update)
@@ -137,6 +163,16 @@ def train_chunk(recipe: Recipe, model: Decoder, state: State, tokens: jax.Array,
 def held_out_loss(model: Decoder, params: Any, windows: jax.Array) -> jax.Array:
     """Returns the mean loss in nats over the int windows [batches, B, T+1], one batch at a time."""
     return jax.lax.map(functools.partial(mean_loss, model, params), windows).mean()
+
+
+def expert_shares(model: Decoder, params: Any, windows: jax.Array) -> list[list[float]]:
+    """Returns the share of the int windows' [B, T+1] routed choices that each expert gets, for each layer."""
+    experts = model.config.experts
+    _, sown = jax.jit(lambda p, x: model.apply({"params": p}, x, mutable=["router"]))(
+        params, windows[:, :-1].astype(jnp.int32)
+    )
+    chosen = [route(logits, experts.per_token, False)[1] for logits in jax.tree.leaves(sown["router"])]
+    return [jnp.mean(jax.nn.one_hot(c, experts.count), axis=(0, 1)).round(4).tolist() for c in chosen]
 
 
 def held_out_windows(tokens: np.ndarray, context: int) -> np.ndarray:
@@ -162,7 +198,7 @@ def train(
     Returns:
         The parameters in bfloat16 and the record of the run.
     """
-    model = Decoder(recipe.config, dtype=jnp.bfloat16, implementation=implementation)
+    model = Decoder(recipe.config, dtype=jnp.bfloat16, implementation=implementation, experts="dense")
     params = jax.jit(model.init_params)(jax.random.key(0))
     state = State(params, optimizer(recipe).init(params), jnp.int32(0))
     tokens = jnp.asarray(train_tokens)
@@ -195,6 +231,7 @@ def train(
         "seconds": round(elapsed, 1),
         "tokens_per_second": round(seen * (chunks - 1) / chunks / elapsed) if chunks > 1 else None,
         "held_out_loss": float(held_out_loss(model, params, windows)),
+        **({} if recipe.config.experts is None else {"expert_shares": expert_shares(model, params, windows[0])}),
         "device": jax.devices()[0].device_kind,
         "curve": curve,
     }
@@ -204,7 +241,7 @@ def train(
 def sample_texts(config: DecoderConfig, params: Any, tokenizer: Any, length: int = 200) -> list[str]:
     """Returns one continuation, drawn at temperature 0.7, of each of `PROMPTS`."""
     run = jax.jit(generate, static_argnums=(0, 3, 4))
-    model = Decoder(config, dtype=jnp.bfloat16)
+    model = Decoder(config, dtype=jnp.bfloat16, experts="dense")
     texts = []
     for number, prompt in enumerate(PROMPTS):
         ids = jnp.asarray([[0, *tokenizer.encode(prompt).ids]], jnp.int32)
@@ -241,7 +278,7 @@ def train_and_save(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, trains and saves."""
-    parser = argparse.ArgumentParser(description="Train a small Llama on the Python standard library.")
+    parser = argparse.ArgumentParser(description="Train a small Llama or Mixtral on the Python standard library.")
     parser.add_argument("--size", choices=RECIPES, default="tiny")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the size's own number")

@@ -1,17 +1,20 @@
-"""The shape of a Llama-family decoder, read from and written to a Hugging Face `config.json`."""
+"""The shape of a Llama-family decoder, dense or with experts, read from and written to a Hugging Face `config.json`."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+_MODEL_TYPES = tuple(_ARCHITECTURES)
+_MOE_TYPES = ("mixtral", "qwen3_moe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +28,35 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """The feed-forward layers of a mixture of experts.
+
+    Attributes:
+        count: experts of a layer.
+        per_token: how many of them each token goes to.
+        intermediate_size: width of one expert.
+        normalised: whether the weights of a token's experts add up to one.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalised: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses more experts a token than there are."""
+        if not 1 <= self.per_token <= self.count:
+            raise ValueError(f"experts: per_token is {self.per_token}, of {self.count} experts")
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Fixes the architecture of a Llama-family decoder.
 
     Field names are those of a Hugging Face `config.json`, except the features that each `model_type` implies there
-    and that are explicit here: `qkv_bias`, `o_bias`, `mlp_bias`, `qk_norm` and `windows`, which gives for each layer
-    the number of tokens that a query sees (itself included), or None for all before it; empty: all in every layer.
+    and that are explicit here: `qkv_bias`, `o_bias`, `mlp_bias`, `qk_norm`, `experts` (None where the feed-forward
+    layers are dense; `intermediate_size` is the dense layers') and `windows`, which gives for each layer the number of
+    tokens that a query sees (itself included), or None for all before it; empty: all in every layer.
     """
 
     vocab_size: int
@@ -50,6 +76,7 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    experts: Experts | None = None
     windows: tuple[int | None, ...] = ()
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -58,6 +85,8 @@ class DecoderConfig:
         """Refuses what no attention layer can be."""
         if self.model_type not in _MODEL_TYPES:
             raise NotImplementedError(f"model_type: got {self.model_type!r}, known are {', '.join(_MODEL_TYPES)}")
+        if (self.experts is not None) != (self.model_type in _MOE_TYPES):
+            raise ValueError(f"experts: got {self.experts} for {self.model_type}; {', '.join(_MOE_TYPES)} have experts")
         if self.windows and len(self.windows) != self.num_hidden_layers:
             raise ValueError(f"windows: got {len(self.windows)} entries for {self.num_hidden_layers} layers")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -105,9 +134,10 @@ class DecoderConfig:
             rope_scaling=scaling,
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             qkv_bias=model_type == "qwen2" or bias,
-            o_bias=bias and model_type in ("llama", "qwen3"),
+            o_bias=bias and model_type in ("llama", "qwen3", "qwen3_moe"),
             mlp_bias=bool(hf.get("mlp_bias", False)),
-            qk_norm=model_type == "qwen3",
+            qk_norm=model_type in ("qwen3", "qwen3_moe"),
+            experts=_experts_from_hf(hf),
             windows=_windows_from_hf(hf),
             bos_token_id=hf.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
@@ -125,11 +155,11 @@ class DecoderConfig:
         hf["rope_scaling"] = None
         if self.rope_scaling is not None:
             hf["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
-        if self.model_type in ("llama", "qwen3"):
+        if self.model_type in ("llama", "qwen3", "qwen3_moe"):
             hf["attention_bias"] = self.qkv_bias
         if self.model_type == "llama":
             hf["mlp_bias"] = self.mlp_bias
-        return hf | _windows_to_hf(self)
+        return hf | _experts_to_hf(self) | _windows_to_hf(self)
 
 
 def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
@@ -147,11 +177,41 @@ def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
     return rope["rope_theta"], Llama3Scaling(**fields)
 
 
+def _experts_from_hf(hf: dict[str, Any]) -> Experts | None:
+    if hf["model_type"] == "mixtral":
+        return Experts(hf["num_local_experts"], hf["num_experts_per_tok"], hf["intermediate_size"])
+    if hf["model_type"] != "qwen3_moe":
+        return None
+    if hf.get("decoder_sparse_step", 1) != 1 or hf.get("mlp_only_layers"):
+        raise NotImplementedError("decoder_sparse_step, mlp_only_layers: every layer has experts here, or none")
+    count = hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"]
+    normalised = bool(hf.get("norm_topk_prob", False))
+    return Experts(count, hf["num_experts_per_tok"], hf["moe_intermediate_size"], normalised)
+
+
+def _experts_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    if config.experts is None:
+        return {}
+    experts = config.experts
+    if config.model_type == "mixtral":
+        if not experts.normalised or experts.intermediate_size != config.intermediate_size:
+            raise NotImplementedError(f"experts: a Mixtral's are normalised and of intermediate_size, got {experts}")
+        return {"num_local_experts": experts.count, "num_experts_per_tok": experts.per_token}
+    return {
+        "num_experts": experts.count,
+        "num_experts_per_tok": experts.per_token,
+        "moe_intermediate_size": experts.intermediate_size,
+        "norm_topk_prob": experts.normalised,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
 def _windows_from_hf(hf: dict[str, Any]) -> tuple[int | None, ...]:
     layers, window = hf["num_hidden_layers"], hf.get("sliding_window")
     if window is None or hf["model_type"] == "llama":
         return ()
-    if hf["model_type"] == "mistral":
+    if hf["model_type"] in ("mistral", "mixtral"):
         return (window,) * layers
     if not hf.get("use_sliding_window", False):
         return ()
@@ -170,7 +230,7 @@ def _windows_to_hf(config: DecoderConfig) -> dict[str, Any]:
     window = sizes[0] if sizes else None
     if len(sizes) > 1:
         raise NotImplementedError(f"windows: config.json holds one sliding_window for all layers, got {sizes}")
-    if config.model_type == "mistral":
+    if config.model_type in ("mistral", "mixtral"):
         return {"sliding_window": window}
     if config.model_type == "llama":
         return {}

@@ -1,4 +1,4 @@
-"""A decoder of the Llama family in plain Flax: Llama, Mistral, Qwen2 and Qwen3 differ in their config only."""
+"""A decoder of the Llama family in plain Flax; Llama, Mistral, Qwen2, Qwen3 and their mixtures differ in config only."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.models.config import DecoderConfig
+from experiments.models.moe import MoE
 
 Params = dict[str, Any]
 
@@ -98,14 +99,14 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the feed-forward layer `mlp`, each added to the residual stream."""
+    """One layer: attention, then the feed-forward layer or the experts, each added to the residual stream."""
 
     config: DecoderConfig
     window: int | None
     dtype: Any
     param_dtype: Any
     implementation: str
-    mlp: type[nn.Module] = MLP
+    experts: str
 
     @nn.compact
     def __call__(self, x, rotation, cache):
@@ -114,7 +115,9 @@ class Block(nn.Module):
         mixed, cache = attention(RMSNorm(c.rms_norm_eps, *dtypes, name="input_layernorm")(x), rotation, cache)
         x = x + mixed
         normed = RMSNorm(c.rms_norm_eps, *dtypes, name="post_attention_layernorm")(x)
-        return x + self.mlp(c, *dtypes, name="mlp")(normed), cache
+        if c.experts is None:
+            return x + MLP(c, *dtypes, name="mlp")(normed), cache
+        return x + MoE(c, *dtypes, self.experts, name="moe")(normed), cache
 
 
 class Decoder(nn.Module):
@@ -125,6 +128,7 @@ class Decoder(nn.Module):
         dtype: dtype of the activations and products; norms, softmax and logits are float32 regardless.
         param_dtype: dtype of parameters made by `init_params` (a checkpoint's parameters keep their own).
         implementation: of the attention in `forward`: "xla", or "cudnn" (bfloat16 on a GPU).
+        experts: the form of a mixture's products, "ragged" or "dense" (see `MoE`).
 
     >>> config = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
     ...                        num_attention_heads=2, num_key_value_heads=1, head_dim=8)
@@ -138,6 +142,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     implementation: str = "xla"
+    experts: str = "ragged"
 
     @nn.compact
     def __call__(self, tokens: jax.Array, cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None]:
@@ -147,7 +152,7 @@ class Decoder(nn.Module):
         embed = nn.Embed(c.vocab_size, c.hidden_size, *dtypes, nn.initializers.normal(0.02), name="embed_tokens")
         x, filled = embed(tokens), []
         for layer, window in enumerate(c.layer_windows):
-            block = Block(c, window, *dtypes, self.implementation, name=f"layers_{layer}")
+            block = Block(c, window, *dtypes, self.implementation, self.experts, name=f"layers_{layer}")
             x, kv = block(x, rotation, None if cache is None else (cache.key[layer], cache.value[layer], start))
             filled.append(kv)
         if cache is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.numpy import save_file
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder, Params
 from jaxquant.interop import load_huggingface
+from jaxquant.interop.names import find_path, suffix_name, table_of
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _INDEX = "model.safetensors.index.json"
@@ -44,21 +44,23 @@ def load_hf(folder: str | pathlib.Path) -> tuple[DecoderConfig, Params]:
     config = DecoderConfig.from_hf(hf)
     if hf.get("quantization_config") or (folder / "quantize_config.json").is_file():
         return config, load_huggingface(folder)[0]
-    expected = {_hf_name(path): (path, leaf.shape) for path, leaf in _shapes(config).items()}
-    flat, surplus = {}, []
+    expected = {path: (_hf_names(config, path, leaf.shape), leaf.shape) for path, leaf in _shapes(config).items()}
+    shapes = {name: (path, shape[-2:]) for path, (names, shape) in expected.items() for name in names}
+    found, surplus = {}, []
     for name, tensor in _tensors(folder):
         if _derived(name, config):
             continue
-        if name not in expected:
+        if name not in shapes:
             surplus.append(name)
             continue
-        path, shape = expected[name]
-        flat[path] = _to_flax(path, tensor)
-        if flat[path].shape != shape or str(tensor.dtype) not in _FLOATS:
+        path, shape = shapes[name]
+        found[name] = _to_flax(path, tensor)
+        if found[name].shape != shape or str(tensor.dtype) not in _FLOATS:
             surplus.append(f"{name} ({tensor.dtype} {tensor.shape}, expected {'/'.join(path)} {shape} [in, out])")
-    missing = [name for name, (path, _) in expected.items() if path not in flat]
+    missing = [name for name in shapes if name not in found]
     if missing or surplus:
         raise ValueError(f"{folder}: does not fit {config.model_type}: missing {missing}, surplus or misfit {surplus}")
+    flat = {path: _joined([found[name] for name in names], shape) for path, (names, shape) in expected.items()}
     return config, unflatten_dict(flat)
 
 
@@ -75,7 +77,11 @@ def save_hf(
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_hf_name(path): _to_hf(path, np.asarray(leaf)) for path, leaf in flatten_dict(params).items()}
+    tensors = {}
+    for path, leaf in flatten_dict(params).items():
+        names = _hf_names(config, path, leaf.shape)
+        parts = np.asarray(leaf).reshape(len(names), *leaf.shape[-2:])
+        tensors |= {name: _to_hf(path, part) for name, part in zip(names, parts, strict=True)}
     dtype = str(next(iter(tensors.values())).dtype)
     text = json.dumps(config.to_hf() | {"torch_dtype": dtype}, indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -97,11 +103,21 @@ def _shapes(config: DecoderConfig) -> dict[tuple[str, ...], Any]:
     return flatten_dict(jax.eval_shape(Decoder(config).init_params, jax.random.key(0)))
 
 
-def _hf_name(path: tuple[str, ...]) -> str:
+def _hf_names(config: DecoderConfig, path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
+    """The tensors that hold a parameter: one, or one for each expert."""
     *modules, leaf = path
-    name = ".".join([re.sub(r"^layers_(\d+)$", r"layers.\1", module) for module in modules])
-    prefix = "" if path[0] == "lm_head" else "model."
-    return f"{prefix}{name}.{'bias' if leaf == 'bias' else 'weight'}"
+    found = find_path(table_of({"model_type": config.model_type}, None), "/".join(modules))
+    if found is None:
+        raise ValueError(f"{'/'.join(path)}: a {config.model_type} has no such parameter")
+    line, values = found
+    suffix = suffix_name(line.kind, leaf)
+    if line.stack is None:
+        return [f"{line.hf.format(**values)}.{suffix}"]
+    return [f"{line.hf.format(**values, **{line.stack: number})}.{suffix}" for number in range(shape[0])]
+
+
+def _joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    return parts[0] if parts[0].ndim == len(shape) else np.stack(parts)
 
 
 def _to_flax(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:

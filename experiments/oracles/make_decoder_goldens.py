@@ -2,7 +2,7 @@
 
 Needs torch and transformers, in an environment of their own; the tests read only what this wrote:
 
-    python experiments/oracles/make_decoder_goldens.py tests/experiments/fixtures/decoder
+    python experiments/oracles/make_decoder_goldens.py tests/experiments/fixtures/decoder [family ...]
 
 Made with torch 2.13.0 and transformers 5.24.0, in float32 on a CPU, with eager attention.
 """
@@ -32,6 +32,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 FAMILIES = {
     "llama": (
         transformers.LlamaConfig,
@@ -45,6 +46,12 @@ FAMILIES = {
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "tie_word_embeddings": False},
     ),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        EXPERTS | {"norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
+    "qwen3_moe_raw": (transformers.Qwen3MoeConfig, EXPERTS | {"norm_topk_prob": False}),
 }
 
 
@@ -72,5 +79,5 @@ def write(family: str, folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    for name in FAMILIES:
+    for name in sys.argv[2:] or FAMILIES:
         write(name, pathlib.Path(sys.argv[1]) / name)

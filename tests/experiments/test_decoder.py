@@ -11,7 +11,7 @@ import pytest
 from experiments.models import Decoder, DecoderConfig, generate, load_hf
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "decoder"
-FAMILIES = ["llama", "llama_bias", "mistral", "qwen2", "qwen2_window", "qwen3"]
+FAMILIES = ["llama", "llama_bias", "mistral", "qwen2", "qwen2_window", "qwen3", "mixtral", "qwen3_moe", "qwen3_moe_raw"]
 
 # Each logit is the end of about 12 chained float32 products and norms (6 a layer, 2 layers), each of which carries a
 # relative rounding error of about eps * sqrt(48), 48 being the longest contraction; the terms of a logit

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from experiments import train_lm
 from experiments.data import Corpus
-from experiments.models import load_hf
+from experiments.models import Experts, load_hf
 
 MICRO = dataclasses.replace(
     train_lm.RECIPES["tiny"],
@@ -49,22 +49,30 @@ def test_held_out_windows_take_all_but_a_remainder():
         train_lm.held_out_windows(np.zeros(39, np.uint16), 4)
 
 
+EXPERTS = {"model_type": "mixtral", "experts": Experts(count=4, per_token=2, intermediate_size=64)}
+
+
 @pytest.mark.usefixtures("lenient_jax")  # optax multiplies floats with integers
-def test_a_micro_run_writes_a_model_that_has_learnt(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [{}, EXPERTS], ids=["dense", "experts"])
+def test_a_micro_run_writes_a_model_that_has_learnt(tmp_path, monkeypatch, kind):
+    recipe = dataclasses.replace(MICRO, config=dataclasses.replace(MICRO.config, **kind))
     monkeypatch.setattr(train_lm, "EVALUATION", (4, 33))
     monkeypatch.setattr(train_lm, "CALIBRATION", (4, 33))
     monkeypatch.setattr(train_lm, "PROMPTS", ("def ",))
     text = "def f(x):\n    return x + 1\n"
     corpus = Corpus([text * 40 + f"# {i}\n" for i in range(4)], [text * 60])
-    record = train_lm.train_and_save(MICRO, corpus, tmp_path, "a test", seconds=float("inf"), implementation="xla")
+    record = train_lm.train_and_save(recipe, corpus, tmp_path, "a test", seconds=float("inf"), implementation="xla")
     first, last = record["curve"][0], record["curve"][-1]
     assert last["step"] == record["steps"] == MICRO.steps
     assert last["held_out_loss"] < first["held_out_loss"] < np.log(264)
     assert record["tokens_seen"] == MICRO.steps * MICRO.batch * 32
+    if kind:  # every expert is used, and the shares are of all choices
+        assert np.min(record["expert_shares"]) > 0
+        np.testing.assert_allclose(np.sum(record["expert_shares"], axis=1), 1, atol=4 * 5e-5)  # rounded to 1e-4
     assert record == json.loads((tmp_path / "loss_curve.json").read_text())
 
     config, params = load_hf(tmp_path)
-    assert config == MICRO.config
+    assert config == recipe.config
     assert record["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() <= 264
     card = (tmp_path / "README.md").read_text()
