@@ -1,4 +1,4 @@
-"""A decoder of the Llama family in plain Flax; Llama, Mistral, Qwen2, Qwen3 and their mixtures differ in config only."""
+"""A decoder of the Llama family in plain Flax; Llama, Mistral, Qwen2, Qwen3, Mixtral: all by config."""
 
 from __future__ import annotations
 
