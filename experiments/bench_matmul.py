@@ -180,7 +180,7 @@ def _mosaic_in_torch(seed: int, x, k: int, n: int) -> float:
     from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu
 
     config = default_config(x.shape[0], k, n, k // GROUP)
-    kernel = plgpu.as_torch_kernel(lambda x, q, s: int4_matmul_mosaic_gpu(x, q, s, None, None, config=config))
+    kernel = plgpu.as_torch_kernel(lambda x, q, s: int4_matmul_mosaic_gpu(x, ((q, s, None, None),), config=config)[0])
     torch.manual_seed(seed)
     weights = [
         (

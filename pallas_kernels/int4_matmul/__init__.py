@@ -1,7 +1,8 @@
 """int4 weights times 16-bit activations."""
 
 import functools
-from typing import Literal, cast
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,35 @@ from pallas_kernels.int4_matmul.layout import TILE, pack, unpack
 from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu
 from pallas_kernels.int4_matmul.reference import dequantize, int4_matmul_reference
 
-__all__ = ["Config", "default_config", "dequantize", "int4_matmul", "pack", "supports", "unpack"]
+__all__ = [
+    "Config",
+    "Int4Weight",
+    "default_config",
+    "dequantize",
+    "int4_matmul",
+    "int4_matmul_many",
+    "pack",
+    "supports",
+    "unpack",
+]
 
 Implementation = Literal["mosaic_gpu", "xla"]
+
+
+class Int4Weight(NamedTuple):
+    """One weight of `int4_matmul_many`; its fields are those of `int4_matmul`.
+
+    Attributes:
+      qweight: `[ceil(N / 64), ceil(K / 64), 2, 256]` int32, from `pack`.
+      scale: `[K / group, N]`.
+      zero_point: like `scale`, or None.
+      bias: `[N]`, or None.
+    """
+
+    qweight: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None = None
+    bias: jax.Array | None = None
 
 
 def int4_matmul(
@@ -56,25 +83,62 @@ def int4_matmul(
     >>> out.shape, float(out[0, 0])
     ((2, 64), 64.0)
     """
-    _check(x, qweight, scale, zero_point, pre_scale, bias)
-    k, n = x.shape[-1], scale.shape[1]
+    weight = Int4Weight(qweight, scale, zero_point, bias)
+    return int4_matmul_many(x, [weight], pre_scale=pre_scale, implementation=implementation, config=config)[0]
+
+
+def int4_matmul_many(
+    x: jax.Array,
+    weights: Sequence[Int4Weight],
+    *,
+    pre_scale: jax.Array | None = None,
+    implementation: Implementation | None = None,
+    config: Config | None = None,
+) -> list[jax.Array]:
+    """Multiply the same activations by several int4 weights in one launch: q, k and v, or gate and up.
+
+    Each product is what `int4_matmul` gives; the outputs of all weights are cut into the tiles of one launch, so that
+    small weights share its cost. Nothing is copied: the weights stay where they are.
+
+    Args:
+      x: `[..., K]` bfloat16 or float16.
+      weights: alike in K, in the groups and dtype of their scales, and in having zero points or not.
+      pre_scale: `[K]`; x is multiplied by it first.
+      implementation: as for `int4_matmul`.
+      config: the kernel's configuration; by default that of one weight with all their outputs.
+
+    Returns:
+      `[..., N]` in x's dtype for each weight.
+
+    Raises:
+      ValueError: for operands whose shapes do not fit, or weights that are not alike.
+      NotImplementedError: if `implementation="mosaic_gpu"` and the kernel cannot take the problem.
+
+    >>> import jax.numpy as jnp
+    >>> weight = Int4Weight(pack(jnp.ones((128, 64), jnp.int8)), jnp.full((1, 64), 0.5, jnp.bfloat16))
+    >>> [out.shape for out in int4_matmul_many(jnp.ones((2, 128), jnp.bfloat16), [weight, weight])]
+    [(2, 64), (2, 64)]
+    """
+    weights = [Int4Weight(*weight) for weight in weights]
+    for weight in weights:
+        _check(x, *weight)
+    if len({(w.scale.shape[0], w.scale.dtype, w.zero_point is None) for w in weights}) != 1:
+        raise ValueError("int4_matmul_many: the weights differ in the groups or dtype of scales, or in zero points")
     if pre_scale is not None:
-        x = x * pre_scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (k,))
-    pad = -n % TILE
-    if pad:
-        scale = jnp.pad(scale, ((0, 0), (0, pad)))
-        zero_point = None if zero_point is None else jnp.pad(zero_point, ((0, 0), (0, pad)))
-        bias = None if bias is None else jnp.pad(bias, (0, pad))
-    if zero_point is not None:
-        zero_point = zero_point.astype(scale.dtype)
+        if pre_scale.shape != x.shape[-1:]:
+            raise ValueError(f"pre_scale has shape {pre_scale.shape}, expected {x.shape[-1:]}")
+        x = x * pre_scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + x.shape[-1:])
+    k, padded = x.shape[-1], tuple(map(_padded, weights))
+    outputs = sum(weight.scale.shape[1] for weight in padded)
+    head = padded[0]
     reason = supports(
         k,
-        n + pad,
-        scale.shape[0],
+        outputs,
+        head.scale.shape[0],
         x.dtype,
         config=config,
-        has_zero_point=zero_point is not None,
-        scale_dtype=scale.dtype,
+        has_zero_point=head.zero_point is not None,
+        scale_dtype=head.scale.dtype,
     )
     if implementation is None and reason is not None:
         implementation = "xla"
@@ -82,11 +146,24 @@ def int4_matmul(
         raise NotImplementedError(f"int4_matmul: {reason}")
     elif implementation not in (None, "mosaic_gpu", "xla"):
         raise ValueError(f"implementation={implementation!r}; accepted are 'mosaic_gpu', 'xla' and None")
-    out = cast(jax.Array, _multiply_jit(implementation, config, x.reshape(-1, k), qweight, scale, zero_point, bias))
-    return out.reshape(*x.shape[:-1], n + pad)[..., :n]
+    outs = _multiply_jit(implementation, config, x.reshape(-1, k), padded)
+    cuts = [(out.shape[1], weight.scale.shape[1]) for out, weight in zip(outs, weights, strict=True)]
+    return [out.reshape(*x.shape[:-1], held)[..., :n] for out, (held, n) in zip(outs, cuts, strict=True)]
 
 
-def _check(x, qweight, scale, zero_point, pre_scale, bias):
+def _padded(weight: Int4Weight) -> Int4Weight:
+    """The outputs filled up to the tiles of the packed codes; zero points in the dtype of the scales."""
+    pad = weight.qweight.shape[0] * TILE - weight.scale.shape[1]
+    zero_point = weight.zero_point
+    if zero_point is not None:
+        zero_point = jnp.pad(zero_point.astype(weight.scale.dtype), ((0, 0), (0, pad)))
+    scale = jnp.pad(weight.scale, ((0, 0), (0, pad)))
+    return Int4Weight(
+        weight.qweight, scale, zero_point, None if weight.bias is None else jnp.pad(weight.bias, (0, pad))
+    )
+
+
+def _check(x, qweight, scale, zero_point, bias):
     """Refuse operands whose shapes do not fit, by name."""
     if x.ndim < 1 or scale.ndim != 2 or qweight.ndim != 4 or qweight.dtype != jnp.int32:
         raise ValueError(
@@ -99,33 +176,31 @@ def _check(x, qweight, scale, zero_point, pre_scale, bias):
         raise ValueError(f"qweight has shape {qweight.shape}; x with K = {k} and scale with N = {n} need {packed}")
     if k % groups:
         raise ValueError(f"scale has {groups} groups, which do not divide K = {k}")
-    for name, array, shape in (
-        ("zero_point", zero_point, scale.shape),
-        ("pre_scale", pre_scale, (k,)),
-        ("bias", bias, (n,)),
-    ):
+    for name, array, shape in (("zero_point", zero_point, scale.shape), ("bias", bias, (n,))):
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _multiply(implementation, config, x, qweight, scale, zero_point, bias):
-    """`[M, K]` to `[M, N]`, all padded; the differentiable and batchable core."""
-    return _batchable(implementation, config)(x, qweight, scale, zero_point, bias)
+def _multiply(implementation, config, x, weights):
+    """`[M, K]` to `[M, N]` for each weight, all padded; the differentiable and batchable core."""
+    return _batchable(implementation, config)(x, weights)
 
 
-def _multiply_forward(implementation, config, x, qweight, scale, zero_point, bias):
-    return _multiply(implementation, config, x, qweight, scale, zero_point, bias), (x, qweight, scale, zero_point, bias)
+def _multiply_forward(implementation, config, x, weights):
+    return _multiply(implementation, config, x, weights), (x, weights)
 
 
-def _multiply_backward(implementation, config, residuals, cotangent):
+def _multiply_backward(implementation, config, residuals, cotangents):
     del implementation, config
-    x, qweight, scale, zero_point, bias = residuals
+    x, weights = residuals
     _, vjp = jax.vjp(
-        lambda x, scale, zero, bias: int4_matmul_reference(x, qweight, scale, zero, bias), x, scale, zero_point, bias
+        lambda x, floats: tuple(int4_matmul_reference(x, w.qweight, *f) for w, f in zip(weights, floats, strict=True)),
+        x,
+        tuple(weight[1:] for weight in weights),
     )
-    dx, dscale, dzero, dbias = vjp(cotangent)
-    return dx, None, dscale, dzero, dbias
+    dx, slopes = vjp(cotangents)
+    return dx, tuple(Int4Weight(None, *slope) for slope in slopes)
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
@@ -138,35 +213,40 @@ def _batchable(implementation, config):
     """The product with its vmap rule: batched tokens fold into M, batched weights are mapped over."""
 
     @jax.custom_batching.custom_vmap
-    def product(x, qweight, scale, zero_point, bias):
-        return _dispatch(implementation, config, x, qweight, scale, zero_point, bias)
+    def product(x, weights):
+        return _dispatch(implementation, config, x, weights)
 
     @product.def_vmap
-    def batched(axis_size, in_batched, x, *weight):
-        x_batched, *weight_batched = in_batched
-        if not any(jax.tree.leaves(weight_batched)):
-            out = product(x.reshape(-1, x.shape[-1]), *weight)
-            return out.reshape(axis_size, -1, out.shape[-1]), True
-        operands, flags = (x, *weight), (x_batched, *weight_batched)
-        mapped = [a if flag else None for a, flag in zip(operands, flags, strict=True)]
+    def batched(axis_size, in_batched, x, weights):
+        every = [True] * len(weights)
+        if not any(jax.tree.leaves(in_batched[1])):
+            outs = product(x.reshape(-1, x.shape[-1]), weights)
+            return tuple(out.reshape(axis_size, -1, out.shape[-1]) for out in outs), tuple(every)
+        leaves, tree = jax.tree.flatten((x, weights))
+        flags = jax.tree.leaves(in_batched)
+        mapped = [leaf if flag else None for leaf, flag in zip(leaves, flags, strict=True)]
 
         def one(slices):
-            return product(*(s if flag else a for s, a, flag in zip(slices, operands, flags, strict=True)))
+            held = [s if flag else leaf for s, leaf, flag in zip(slices, leaves, flags, strict=True)]
+            return product(*tree.unflatten(held))
 
-        return jax.lax.map(one, mapped), True
+        return jax.lax.map(one, mapped), tuple(every)
 
     return product
 
 
-def _dispatch(implementation, config, x, qweight, scale, zero_point, bias):
+def _dispatch(implementation, config, x, weights):
     """Run the named implementation, or the one for the platform that the program is lowered for."""
-    operands = (x, qweight, scale, zero_point, bias)
     if implementation == "xla" or x.shape[0] == 0:
-        return int4_matmul_reference(*operands)
-    m, k = x.shape
-    n, groups, has_zero_point = scale.shape[1], scale.shape[0], zero_point is not None
-    chosen = config or default_config(m, k, n, groups, x.dtype, has_zero_point, scale.dtype)
+        return _reference(x, weights)
+    (m, k), head = x.shape, weights[0]
+    n, groups = sum(weight.scale.shape[1] for weight in weights), head.scale.shape[0]
+    chosen = config or default_config(m, k, n, groups, x.dtype, head.zero_point is not None, head.scale.dtype)
     kernel = functools.partial(int4_matmul_mosaic_gpu, config=chosen)
     if implementation == "mosaic_gpu":
-        return kernel(*operands)
-    return jax.lax.platform_dependent(*operands, cuda=kernel, default=int4_matmul_reference)
+        return kernel(x, weights)
+    return jax.lax.platform_dependent(x, weights, cuda=kernel, default=_reference)
+
+
+def _reference(x, weights):
+    return tuple(int4_matmul_reference(x, *weight) for weight in weights)

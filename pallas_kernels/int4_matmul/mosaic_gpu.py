@@ -11,12 +11,16 @@ and the tokens its flexible side (8 to 256). One kernel serves both regimes; a `
 - Many tokens (compute-bound): weights are scaled before the product, and the unpacking of one tile runs under the
   product of the one before. Blocks of a cluster that lie side by side share x: each fetches a part of it for all.
 
+- Several weights that take the same x (q, k and v) are one launch: their output tiles are counted on from one weight
+  to the next, so that a block finds more to do before it ends.
+
 Ragged tiles cost nothing: the copy engine fills reads out of bounds with zeros and drops such writes. Only a token
 count over 8 that is no multiple of 8 is padded to one outside the kernel, and the inputs of a per-channel weight to a
 multiple of 64.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -35,19 +39,23 @@ _COMPUTE_REGISTERS = {2: 232, 3: 152, 4: 112}
 _COPY_REGISTERS = {2: 40, 3: 40, 4: 24}
 
 
-def int4_matmul_mosaic_gpu(x, qweight, scale, zero_point, bias, *, config: Config) -> jax.Array:
-    """Launch the kernel: `x` `[M, K]` and the operands of `int4_matmul`; returns `[M, N padded to 64]`."""
+def int4_matmul_mosaic_gpu(x, weights, *, config: Config) -> tuple[jax.Array, ...]:
+    """Launch the kernel once: `x` `[M, K]` times each weight `(qweight, scale, zero_point | None, bias | None)`.
+
+    The weights have the same groups and the same dtype of scales, and all or none of them zero points.
+
+    Returns:
+      `[M, N padded to 64]` for each weight.
+    """
     tokens, k = x.shape
+    num_groups = weights[0][1].shape[0]
     if tokens > 8 or k % TILE:  # The copy engine addresses x in tiles of 8 rows by 64 (groups of 32: by 32) inputs.
-        depth = TILE if scale.shape[0] == 1 else min(TILE, k // scale.shape[0])
+        depth = TILE if num_groups == 1 else min(TILE, k // num_groups)
         x = jnp.pad(x, ((0, -tokens % 8 if tokens > 8 else 0), (0, -k % depth)))
-    m, k = x.shape
-    n = qweight.shape[0] * TILE
-    plan = _Plan(m, n, k, scale.shape[0], x.dtype, scale.dtype, zero_point is not None, bias is not None, config)
-    operands = [x, qweight, scale, *(a for a in (zero_point, bias) if a is not None)]
+    plan = _Plan(x, weights, config)
     kernel = plgpu.kernel(
-        functools.partial(_body, plan),
-        out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
+        functools.partial(_body, plan, jax.tree.structure(weights)),
+        out_type=[jax.ShapeDtypeStruct((x.shape[0], qweight.shape[0] * TILE), x.dtype) for qweight, *_ in weights],
         grid=(plan.num_clusters,),
         grid_names=("tile",),
         cluster=(config.split_k, config.multicast),
@@ -56,17 +64,23 @@ def int4_matmul_mosaic_gpu(x, qweight, scale, zero_point, bias, *, config: Confi
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    out = kernel(*operands)
-    return out if m == tokens else out[:tokens]
+    outs = kernel(x, *jax.tree.leaves(weights))
+    return tuple(out if x.shape[0] == tokens else out[:tokens] for out in outs)
 
 
 class _Plan:
     """The static geometry of one launch."""
 
-    def __init__(self, m, n, k, num_groups, dtype, scale_dtype, has_zero_point, has_bias, config):
-        self.config, self.dtype, self.scale_dtype = config, dtype, scale_dtype
-        self.has_zero_point, self.has_bias = has_zero_point, has_bias
-        self.m_tiles, self.n_tiles = pl.cdiv(m, config.block_m), pl.cdiv(n, config.block_n)
+    def __init__(self, x, weights, config):
+        m, k = x.shape
+        _, scale, zero_point, _ = weights[0]
+        num_groups = scale.shape[0]
+        self.config, self.dtype, self.scale_dtype = config, x.dtype, scale.dtype
+        self.has_zero_point = zero_point is not None
+        # The output tiles of all weights are numbered through; a tile belongs to one.
+        counts = [pl.cdiv(qweight.shape[0], config.num_warpgroups) for qweight, *_ in weights]
+        self.first_tiles = list(itertools.accumulate(counts[:-1], initial=0))
+        self.m_tiles, self.n_tiles = pl.cdiv(m, config.block_m), sum(counts)
         self.k_steps = pl.cdiv(k, config.block_k)
         self.group_size = k // num_groups if num_groups > 1 else pl.cdiv(k, config.block_k) * config.block_k
         self.scale_rows = max(1, config.block_k // self.group_size)
@@ -90,6 +104,18 @@ class _Plan:
         else:
             m_tile, n_tile = plgpu.planar_snake(index, self.shape, 1, self.config.snake_width)
         return m_tile, n_tile * self.config.multicast + lax.axis_index("peer")
+
+    def in_weight(self, n_tile, visit):
+        """Call `visit(weight, tile of that weight)` for the weight that an output tile belongs to."""
+        ends = [*self.first_tiles[1:], None]
+        for weight, (first, end) in enumerate(zip(self.first_tiles, ends, strict=True)):
+            here = functools.partial(visit, weight, n_tile - first)
+            if first == 0 and end is None:
+                here()
+            elif end is None:
+                pl.when(n_tile >= first)(here)
+            else:
+                pl.when((n_tile >= first) & (n_tile < end))(here)
 
     def scratch(self):
         """Shared memory and barriers, by name."""
@@ -126,11 +152,10 @@ def _tiled(shape, dtype, columns: int):
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
-def _body(plan: _Plan, x, w, scale, *rest):
+def _body(plan: _Plan, weights_tree, x, *refs):
     """One block: its last warpgroup copies, the others compute."""
-    *optional, out = rest
-    zero = optional.pop(0) if plan.has_zero_point else None
-    bias = optional.pop(0) if plan.has_bias else None
+    count = weights_tree.num_leaves
+    weights, outs = jax.tree.unflatten(weights_tree, refs[:count]), refs[count:]
     compute = plan.config.num_warpgroups
 
     def scoped(smem):
@@ -143,13 +168,13 @@ def _body(plan: _Plan, x, w, scale, *rest):
 
             @plgpu.warp_map
             def _(warp):
-                pl.when(warp == 0)(lambda: _copy_tiles(plan, x, w, scale, zero, smem))
+                pl.when(warp == 0)(lambda: _copy_tiles(plan, x, weights, smem))
 
         @pl.when(warpgroup < compute)
         def _compute():
             if compute in _COMPUTE_REGISTERS:
                 plgpu.set_max_registers(_COMPUTE_REGISTERS[compute], action="increase")
-            _compute_tiles(plan, warpgroup, bias, out, smem)
+            _compute_tiles(plan, warpgroup, [bias for *_, bias in weights], outs, smem)
 
     pl.run_scoped(scoped, plan.scratch(), collective_axes="warpgroup")
 
@@ -173,12 +198,13 @@ def _for_each_tile(plan: _Plan, visit):
     return lax.fori_loop(0, count, step, jnp.int32(0))
 
 
-def _copy_tiles(plan: _Plan, x, w, scale, zero, smem):
+def _copy_tiles(plan: _Plan, x, weights, smem):
     """Stream every stage of this block's tiles through the ring."""
     c = plan.config
     shared_by = ("peer",) if c.multicast > 1 else None
 
-    def copy_stage(m_tile, n_tile, step, position):
+    def copy_stage(weight, m_tile, n_tile, step, position):
+        w, scale, zero, _ = weights[weight]
         slot = lax.rem(position, jnp.int32(c.num_stages))
         pl.when(position >= c.num_stages)(lambda: plgpu.barrier_wait(smem["empty"].at[slot]))
         full = smem["full"].at[slot]
@@ -199,25 +225,39 @@ def _copy_tiles(plan: _Plan, x, w, scale, zero, smem):
         plgpu.copy_gmem_to_smem(scale.at[rows, columns], smem["scale"].at[slot], full)
         if zero is not None:
             plgpu.copy_gmem_to_smem(zero.at[rows, columns], smem["zero"].at[slot], full)
-        return position + 1
 
     def visit(_, m_tile, n_tile, first, last, position):
-        return lax.fori_loop(first, last, lambda step, at: copy_stage(m_tile, n_tile, step, at), position)
+        def stream(weight, tile):
+            def stage(step, _):
+                copy_stage(weight, m_tile, tile, step, position + (step - first))
+
+            lax.fori_loop(first, last, stage, None)
+
+        plan.in_weight(n_tile, stream)
+        return position + (last - first)
 
     position = _for_each_tile(plan, visit)
     for slot in range(c.num_stages):  # Every phase of a barrier is waited for once.
         pl.when(position > slot)(lambda slot=slot: plgpu.barrier_wait(smem["empty"].at[slot]))
 
 
-def _compute_tiles(plan: _Plan, warpgroup, bias, out, smem):
+def _compute_tiles(plan: _Plan, warpgroup, biases, outs, smem):
     """Multiply this warpgroup's 64 outputs of every tile, reduce over the cluster, store."""
     c = plan.config
     product = _product_scaled_after if c.scale_after else _product_scaled_before
 
     def visit(count, m_tile, n_tile, first, last, position):
         acc = product(plan, warpgroup, smem, first, last, position)
-        first_m, first_n = m_tile * c.block_m, n_tile * c.block_n + warpgroup * TILE
-        store = functools.partial(_store, plan, warpgroup, bias, out, smem, first_n)
+        first_m = m_tile * c.block_m
+
+        def store(value, first_m):
+            def write(weight, tile):
+                first_n, out = tile * c.block_n + warpgroup * TILE, outs[weight]
+                put = functools.partial(_store, plan, warpgroup, biases[weight], out, smem, first_n, value, first_m)
+                pl.when(first_n < out.shape[1])(put) if out.shape[1] % c.block_n else put()
+
+            plan.in_weight(n_tile, write)
+
         if c.split_k == 1:
             store(acc, first_m)
         else:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels._aot import compile_for_h200
-from pallas_kernels.int4_matmul import Config, default_config, int4_matmul
+from pallas_kernels.int4_matmul import Config, Int4Weight, default_config, int4_matmul, int4_matmul_many
 from pallas_kernels.int4_matmul.cases import SHAPES, TOKENS
 from pallas_kernels.int4_matmul.config import tuned_entries
 
@@ -73,4 +73,22 @@ SHARED = Config(
 def test_every_option_is_fit(case):
     _, reports = compiled(**case)
     assert len(reports) == 1
+    assert not reports[0].problems, reports[0].ptxas
+
+
+# q, k, v of grouped queries, and sizes that no tile divides.
+@pytest.mark.parametrize(
+    ("m", "outputs"), [(1, (4096, 1024, 1024)), (16, (4096, 1024, 1024)), (300, (1088, 64)), (48, (100, 320))]
+)
+def test_several_weights_are_one_launch(m, outputs):
+    k, shape = 1024, jax.ShapeDtypeStruct
+    weights = [
+        Int4Weight(shape((-(-n // 64), k // 64, 2, 256), jnp.int32), shape((8, n), jnp.bfloat16)) for n in outputs
+    ]
+    hlo, reports = compile_for_h200(
+        lambda x, *weights: int4_matmul_many(x, weights, implementation="mosaic_gpu"),
+        shape((m, k), jnp.bfloat16),
+        *weights,
+    )
+    assert hlo.count('custom_call_target="mosaic_gpu_v2"') == len(reports) == 1
     assert not reports[0].problems, reports[0].ptxas

@@ -108,9 +108,9 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(gpu_callbacks, "wgmma", wgmma_from_registers(gpu_callbacks.wgmma))
     PeerStores(monkeypatch)
 
-    def run(*operands, config):
+    def run(x, weights, config):
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(inline_mgpu="ignore")):
-            return kernel.int4_matmul_mosaic_gpu(*operands, config=config)
+            return kernel.int4_matmul_mosaic_gpu(x, weights, config=config)
 
     return run
 
@@ -137,9 +137,27 @@ def test_interpreted_kernel_is_the_product(rng, interpreted, monkeypatch, m, k, 
     x, scale, bias = half(m, k), half(k // group, n), half(n)
     zero = jnp.asarray(rng.integers(-8, 8, (k // group, n)), jnp.bfloat16)
     config = dataclasses.replace(CONFIG, **changes)
-    out = interpreted(x, pack(jnp.asarray(codes)), scale, zero, bias, config=config)
+    (out,) = interpreted(x, ((pack(jnp.asarray(codes)), scale, zero, bias),), config=config)
     shifted = codes.reshape(k // group, group, n) - np.asarray(zero, np.float64)[:, None]
     weight = (shifted * np.asarray(scale, np.float64)[:, None]).reshape(k, n)
     exact = np.asarray(x, np.float64) @ weight + np.asarray(bias, np.float64)
     # The result, and the weight if it is scaled before the product, are rounded to 8 significant bits.
     assert np.linalg.norm(np.asarray(out, np.float64) - exact) <= 2.0**-8 * np.linalg.norm(exact)
+
+
+# Tiles of several weights in one launch: a block, and a cluster that shares x, goes from one weight to the next.
+@pytest.mark.parametrize("changes", [{}, {"split_k": 2}, {"multicast": 2}], ids=["alone", "split", "shared"])
+def test_interpreted_kernel_takes_several_weights(rng, interpreted, monkeypatch, changes):
+    monkeypatch.setattr(kernel, "num_clusters", lambda cluster, blocks_per_sm: 2)
+    m, k, group = 16, 256, 128
+    half = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    x, weights, exact = half(m, k), [], []
+    for n in (192, 64, 128):
+        codes, scale, bias = rng.integers(-8, 8, (k, n)).astype(np.int8), half(k // group, n), half(n)
+        weights.append((pack(jnp.asarray(codes)), scale, None, bias))
+        weight = codes * np.repeat(np.asarray(scale, np.float64), group, axis=0)
+        exact.append(np.asarray(x, np.float64) @ weight + np.asarray(bias, np.float64))
+    config = dataclasses.replace(CONFIG, **({"block_m": 16} | changes))
+    outs = interpreted(x, tuple(weights), config=config)
+    for out, right in zip(outs, exact, strict=True):  # rounded to 8 significant bits
+        assert np.linalg.norm(np.asarray(out, np.float64) - right) <= 2.0**-8 * np.linalg.norm(right)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.int4_matmul import Config, default_config, int4_matmul, pack, supports
+from pallas_kernels.int4_matmul import Config, Int4Weight, default_config, int4_matmul, int4_matmul_many, pack, supports
 from pallas_kernels.int4_matmul.config import SHARED_MEMORY_BYTES, candidates, predicted_microseconds, tuned_entries
 
 # The weight and the output are each rounded once to x's 8 significant bits: half an eps of its own size each.
@@ -153,3 +153,47 @@ def test_default_config_fits_shared_memory(m, k, n, groups):
     assert isinstance(config, Config)
     assert config.shared_memory_bytes(k // groups, has_zero_point=False) <= SHARED_MEMORY_BYTES
     assert supports(k, n, groups, jnp.bfloat16, config=config) is None
+
+
+def weights_alike(rng, k, outputs, groups, zero=True):
+    made = [problem(rng, 1, k, n, groups) for n in outputs]
+    zeros = [operands["zero_point"] if zero else None for _, operands, _ in made]
+    return [
+        Int4Weight(qweight, operands["scale"], z, operands["bias"])
+        for (qweight, operands, _), z in zip(made, zeros, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_many_weights_are_one_by_one(rng, zero):
+    weights = weights_alike(rng, 128, (64, 100, 192), 2, zero)
+    x, pre_scale = jnp.asarray(rng.normal(size=(2, 3, 128)), jnp.bfloat16), jnp.asarray(rng.uniform(0.5, 2, 128))
+    outs = int4_matmul_many(x, weights, pre_scale=pre_scale)
+    for out, weight in zip(outs, weights, strict=True):
+        alone = int4_matmul(x, weight.qweight, weight.scale, weight.zero_point, pre_scale=pre_scale, bias=weight.bias)
+        np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(alone, np.float32))
+
+
+def test_gradient_of_many_is_the_sum(rng):
+    weights, x = weights_alike(rng, 128, (64, 100), 2), jnp.asarray(rng.normal(size=(3, 128)), jnp.bfloat16)
+
+    def loss(x, scales, multiply):
+        held = [w._replace(scale=s) for w, s in zip(weights, scales, strict=True)]
+        return sum(jnp.sum(out.astype(jnp.float32)) for out in multiply(x, held))
+
+    one_by_one = lambda x, held: [int4_matmul(x, w.qweight, w.scale, w.zero_point, bias=w.bias) for w in held]  # noqa: E731
+    scales = [w.scale for w in weights]
+    together, alone = (jax.grad(loss, (0, 1))(x, scales, f) for f in (int4_matmul_many, one_by_one))
+    # dx is a sum of two terms that one of them rounds apart: half an eps each.
+    dx = [np.asarray(slopes[0], np.float64) for slopes in (together, alone)]
+    assert np.linalg.norm(dx[0] - dx[1]) <= 2 * EPS["bfloat16"] * np.linalg.norm(dx[1])
+    for a, b in zip(together[1], alone[1], strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def test_weights_that_are_not_alike_are_refused(rng):
+    first, second = weights_alike(rng, 128, (64,), 2)[0], weights_alike(rng, 128, (64,), 1)[0]
+    with pytest.raises(ValueError, match="the weights differ in the groups"):
+        int4_matmul_many(jnp.ones((1, 128), jnp.bfloat16), [first, second])
+    with pytest.raises(ValueError, match="zero points"):
+        int4_matmul_many(jnp.ones((1, 128), jnp.bfloat16), [first, first._replace(zero_point=None)])
