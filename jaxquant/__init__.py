@@ -5,6 +5,9 @@ from jaxquant._calibrate import Calibration as Calibration
 from jaxquant._calibrate import calibrate as calibrate
 from jaxquant._fake_quantized import fake_quantized as fake_quantized
 from jaxquant._lazy import LazyArray as LazyArray
+from jaxquant._moe import Routing as Routing
+from jaxquant._moe import moe as moe
+from jaxquant._moe import route as route
 from jaxquant._ops import attention as attention
 from jaxquant._ops import dot_general as dot_general
 from jaxquant._ops import ragged_dot as ragged_dot
