@@ -200,7 +200,7 @@ def _multiply_backward(implementation, config, residuals, cotangents):
         tuple(weight[1:] for weight in weights),
     )
     dx, slopes = vjp(cotangents)
-    return dx, tuple(Int4Weight(None, *slope) for slope in slopes)
+    return dx, tuple(Int4Weight._make((None, *slope)) for slope in slopes)
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
