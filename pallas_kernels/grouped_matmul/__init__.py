@@ -6,10 +6,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.grouped_matmul.config import Config, default_config, supports
 from pallas_kernels.grouped_matmul.layout import interleave, separate
+from pallas_kernels.grouped_matmul.mosaic_gpu import grouped_matmul_mosaic_gpu
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference
 from pallas_kernels.int4_matmul.layout import TILE
 from pallas_kernels.int8_matmul.layout import BLOCK
@@ -207,4 +209,26 @@ def _sequential(call: _Call):
 def _dispatch(call: _Call, *operands):
     """Run the named implementation, or the one for the platform that the program is lowered for."""
     xla = functools.partial(grouped_matmul_reference, activation=call.activation, out_dtype=call.out_dtype)
-    return xla(*operands)
+    if call.implementation == "xla":
+        return xla(*operands)
+    kernel = functools.partial(_mosaic_gpu, call)
+    if call.implementation == "mosaic_gpu":
+        return kernel(*operands)
+    return lax.platform_dependent(*operands, cuda=kernel, default=xla)
+
+
+def _mosaic_gpu(call: _Call, x, qweight, scale, zero_point, group_sizes, x_scale, row_scale):
+    config = call.config or default_config(
+        x.shape[0],
+        scale.shape[0],
+        x.shape[1],
+        scale.shape[1],
+        x.dtype,
+        qweight.dtype,
+        zero_point is not None,
+        scale.dtype,
+    )
+    return grouped_matmul_mosaic_gpu(
+        x, qweight, scale, zero_point, group_sizes, x_scale, row_scale,
+        activation=call.activation, out_dtype=call.out_dtype, config=config,
+    )  # fmt: skip

@@ -116,8 +116,8 @@ def default_config(
       NotImplementedError: if no configuration takes the problem.
     """
     mean = rows / min(rows, num_experts)
-    usual = mean + 2 * math.sqrt(mean) + ALIGNMENT - 1 if rows > ALIGNMENT else rows  # of most experts, from row 8 i on
-    block_m = next((m for m in (8, 16, 32, 64, 128) if usual <= m), 128 if mean < 512 else 256)
+    usual = mean + 2 * math.sqrt(mean) + ALIGNMENT - 1  # rows of most experts' tiles, which begin at multiples of 8
+    block_m = next((m for m in (16, 32, 64, 128) if usual <= m), 128 if mean < 512 else 256)
     few = block_m <= TILE
     block_ks = (256, 128, 64) if few else (128, 64)
     for block_k in block_ks:

@@ -1,0 +1,211 @@
+"""The Hopper grouped kernel: the dense kernels' ring and products, walked over a map of tiles that the device builds.
+
+The product is computed transposed, `out^T = W^T x^T`: the outputs fill the 64 rows of a wgmma and an expert's rows its
+flexible side, so that an expert of three rows wastes little. Persistent blocks take tiles from the map in turn: one
+warp drives the copy engine through a ring of stages that runs on across tiles, whatever experts they belong to; each
+compute warpgroup owns 64 of a tile's outputs.
+
+Tiles begin at multiples of 8 rows, as the copy engine must, and may hold rows of the experts before and after. Those
+columns of the product are computed and dropped: the store goes through shared memory, row by row, and leaves out what
+is not the expert's. So any group sizes do, nothing is padded, and no two tiles write the same row.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul.config import ALIGNMENT, HOPPER_SMS, TILE, Config, tile_bound
+from pallas_kernels.grouped_matmul.epilogue import PER_COLUMN, STAGING, silu_mul, store_rows
+from pallas_kernels.grouped_matmul.product import scaled_after, scaled_before
+from pallas_kernels.grouped_matmul.tiles import COLUMN, EXPERT, FIRST, HIGH, LOW, tile_map
+
+# Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at
+# launch (168, 128, 96) pays for what the others take, in steps of 8.
+_COMPUTE_REGISTERS = {2: 232, 3: 152, 4: 112}
+_COPY_REGISTERS = {2: 40, 3: 40, 4: 24}
+
+
+def grouped_matmul_mosaic_gpu(
+    x, qweight, scale, zero_point, group_sizes, x_scale, row_scale, *, activation, out_dtype, config: Config
+) -> jax.Array:
+    """Launch the kernel on the operands of `grouped_matmul_reference`."""
+    rows, k = x.shape
+    del x_scale
+    depth = TILE if scale.shape[1] == 1 else min(TILE, k // scale.shape[1])
+    if rows > ALIGNMENT or k % depth:  # The copy engine addresses x in tiles of 8 rows by 64 (or 32) inputs.
+        x = jnp.pad(x, ((0, -rows % ALIGNMENT if rows > ALIGNMENT else 0), (0, -k % depth)))
+    refs = {"x": x, "weight": qweight, "scale": scale}
+    if zero_point is not None:
+        refs["zero"] = zero_point
+    if row_scale is not None:
+        refs["row_scale"] = jnp.pad(row_scale.astype(jnp.float32), (0, config.block_m))
+    plan = _Plan(rows, x, qweight, scale, activation, out_dtype, config)
+    refs["tiles"], refs["count"] = tile_map(group_sizes, rows, plan.n_tiles, config)
+    names = tuple(refs)
+    kernel = plgpu.kernel(
+        lambda *args: _body(plan, dict(zip(names, args[:-1], strict=True)), args[-1]),
+        out_type=jax.ShapeDtypeStruct((rows, plan.columns), plan.out_dtype),
+        grid=(plan.num_blocks,),
+        grid_names=("block",),
+        num_threads=config.num_warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )
+    return kernel(*refs.values())
+
+
+class _Plan:
+    """The static geometry of one launch."""
+
+    def __init__(self, rows, x, qweight, scale, activation, out_dtype, config):
+        self.config, self.gated = config, activation == "silu_mul"
+        self.x_dtype, self.scale_dtype, self.out_dtype = x.dtype, scale.dtype, jnp.dtype(out_dtype)
+        self.num_experts, num_groups, n = scale.shape
+        k = x.shape[1]
+        self.n_tiles, self.k_steps = pl.cdiv(n, config.block_n), pl.cdiv(k, config.block_k)
+        self.columns = n // 2 if self.gated else n
+        self.group_size = k // num_groups if num_groups > 1 else self.k_steps * config.block_k
+        self.scale_rows = max(1, config.block_k // self.group_size)
+        # Inputs that share a scale inside a stage, and inputs of one call of wgmma.
+        self.group_k = min(self.group_size, config.block_k)
+        self.wgmma_k = min(self.group_k, TILE)
+        # Rows that are staged and stored at a time.
+        self.piece = min(config.block_m // 2 if self.gated else config.block_m, TILE)
+        self.num_blocks = min(HOPPER_SMS, tile_bound(rows, self.num_experts, config.block_m) * self.n_tiles)
+
+    def scratch(self, has_zero_point: bool):
+        """Shared memory and barriers, by name."""
+        c, stages = self.config, self.config.num_stages
+        scales = plgpu.SMEM((stages, self.scale_rows, c.block_n), self.scale_dtype)
+        scratch = {
+            "x": _tiled((stages, c.block_m, c.block_k), self.x_dtype, self.wgmma_k),
+            "weight": plgpu.SMEM((stages, c.num_warpgroups, c.block_k // TILE, 2, 256), jnp.int32),
+            "scale": scales,
+            "out": plgpu.SMEM((c.num_warpgroups, 2, self.piece, TILE), self.out_dtype, transforms=STAGING),
+            "full": plgpu.Barrier(num_arrivals=3 + has_zero_point, num_barriers=stages),
+            "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
+        }
+        return scratch | ({"zero": scales} if has_zero_point else {})
+
+
+def _tiled(shape, dtype, columns: int):
+    """Shared memory in the swizzled tiles that wgmma and the copy engine read without bank conflicts."""
+    swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def _body(plan: _Plan, refs, out):
+    """One block: its last warpgroup copies, the others compute."""
+    compute = plan.config.num_warpgroups
+
+    def scoped(smem):
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == compute)
+        def _copy():
+            if compute in _COPY_REGISTERS:
+                plgpu.set_max_registers(_COPY_REGISTERS[compute], action="decrease")
+
+            @plgpu.warp_map
+            def _(warp):
+                pl.when(warp == 0)(lambda: _copy_tiles(plan, refs, smem))
+
+        @pl.when(warpgroup < compute)
+        def _compute():
+            if compute in _COMPUTE_REGISTERS:
+                plgpu.set_max_registers(_COMPUTE_REGISTERS[compute], action="increase")
+            _compute_tiles(plan, warpgroup, refs, out, smem)
+
+    pl.run_scoped(scoped, plan.scratch("zero" in refs), collective_axes="warpgroup")
+
+
+def _for_each_tile(plan: _Plan, refs, visit):
+    """Call `visit(tile, steps, position)` for this block's tiles: the tile's column of the map, read field by field.
+
+    The position counts the stages of the ring that have gone by. Returns the last one.
+    """
+    block, tiles = lax.axis_index("block"), refs["tiles"]
+    count = lax.div(refs["count"][0] - block + plan.num_blocks - 1, jnp.int32(plan.num_blocks))
+
+    def step(i, position):
+        index = block + i * plan.num_blocks
+        tile = [tiles[field, index] for field in range(tiles.shape[0])]
+        steps = jnp.where(tile[EXPERT] < plan.num_experts, plan.k_steps, 0)
+        visit(tile, steps, position)
+        return position + steps
+
+    return lax.fori_loop(0, count, step, jnp.int32(0))
+
+
+def _copy_tiles(plan: _Plan, refs, smem):
+    """Stream every stage of this block's tiles through the ring."""
+    c = plan.config
+
+    def visit(tile, steps, position):
+        columns = pl.ds(tile[COLUMN] * c.block_n, c.block_n)
+
+        def copy_stage(step, at):
+            slot = lax.rem(at, jnp.int32(c.num_stages))
+            pl.when(at >= c.num_stages)(lambda: plgpu.barrier_wait(smem["empty"].at[slot]))
+            k_tiles = c.block_k // TILE
+            groups = pl.ds(lax.div(step * c.block_k, plan.group_size), plan.scale_rows)
+            outputs = pl.ds(tile[COLUMN] * c.num_warpgroups, c.num_warpgroups)
+            sources = {
+                "weight": refs["weight"].at[tile[EXPERT], outputs, pl.ds(step * k_tiles, k_tiles)],
+                "x": refs["x"].at[pl.ds(tile[FIRST] * ALIGNMENT, c.block_m), pl.ds(step * c.block_k, c.block_k)],
+            }
+            sources |= {
+                name: refs[name].at[tile[EXPERT], groups, columns] for name in ("scale", "zero") if name in refs
+            }
+            for name, source in sources.items():
+                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], smem["full"].at[slot])
+            return at + 1
+
+        lax.fori_loop(0, steps, copy_stage, position)
+
+    position = _for_each_tile(plan, refs, visit)
+    for slot in range(c.num_stages):  # Every phase of a barrier is waited for once.
+        pl.when(position > slot)(lambda slot=slot: plgpu.barrier_wait(smem["empty"].at[slot]))
+
+
+def _compute_tiles(plan: _Plan, warpgroup, refs, out, smem):
+    """Multiply this warpgroup's 64 outputs of every tile, finish them, store."""
+    c = plan.config
+    product = scaled_after if c.scale_after else scaled_before
+
+    def visit(tile, steps, position):
+        sums = product(plan, warpgroup, smem, steps, position)
+        row_scale = None
+        if "row_scale" in refs:
+            row_scale = plgpu.load(
+                refs["row_scale"].at[pl.ds(tile[FIRST] * ALIGNMENT, c.block_m)], layout=PER_COLUMN, optimized=False
+            )
+        first_column = tile[COLUMN] * c.block_n + warpgroup * TILE
+        if plan.gated:
+            sums, first_column = silu_mul(sums, row_scale), lax.div(first_column, jnp.int32(2))
+        elif row_scale is not None:
+            sums = sums * lax.broadcast_in_dim(row_scale, sums.shape, (1,))
+        _store(plan, warpgroup, out, smem, sums, tile, first_column)
+
+    _for_each_tile(plan, refs, visit)
+
+
+def _store(plan: _Plan, warpgroup, out, smem, values, tile, first_column):
+    """Write `[64 outputs, rows]` to the rows of `out` that are the expert's, a piece of rows at a time."""
+    for i, start in enumerate(range(0, values.shape[1], plan.piece)):
+        # Two buffers and one barrier a piece: whoever writes a buffer again has seen all others past reading it.
+        staging = smem["out"].at[warpgroup, i % 2]
+        staging.T[...] = values[:, start : start + plan.piece].astype(plan.out_dtype)
+        store_rows(
+            staging,
+            out,
+            tile[FIRST] * ALIGNMENT + start,
+            tile[LOW],
+            tile[HIGH],
+            first_column,
+            columns=plan.columns,
+            second_half=values.shape[1] if plan.gated else None,
+        )

@@ -1,0 +1,98 @@
+"""The grouped kernel's body on a CPU, thread by thread: the walk over the map, the ring, the masks of the store.
+
+What the interpreter lacks is supplied as for the dense int4 kernel; the inline PTX of the epilogue is replaced by its
+meaning. The interpreter refuses reads out of bounds, so that x has a tile of rows that belong to nobody at its end.
+"""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul import Config, interleave
+from pallas_kernels.int4_matmul import pack
+from tests.pallas_kernels.test_int4_interpreted import unpack_int4, wgmma_from_registers
+
+kernel = importlib.import_module("pallas_kernels.grouped_matmul.mosaic_gpu")
+product = importlib.import_module("pallas_kernels.grouped_matmul.product")
+
+
+def silu_mul(sums, row_scale=None):
+    """What `epilogue.silu_mul` emits, in jnp."""
+    columns = sums.shape[1]
+    halves = sums.reshape(4, 2, 8, columns)
+    value = jax.nn.silu(halves[:, 0]) * halves[:, 1]
+    if row_scale is not None:
+        value = value * row_scale[None, None, :]
+    return value.reshape(4, 8, 2, columns // 2).transpose(0, 2, 1, 3).reshape(64, columns // 2)
+
+
+def store_rows(staging, out, first_row, low, high, first_column, *, columns, second_half):
+    """What `epilogue.store_rows` emits, a row at a time."""
+    for line in range(staging.shape[0]):
+        values = staging[line]
+        parts = [values] if second_half is None else values.reshape(4, 2, 8).swapaxes(0, 1).reshape(2, 32)
+        for half, part in enumerate(parts):
+            row = first_row + line + half * (second_half or 0)
+
+            @pl.when((row >= low) & (row < high) & (first_column < columns))
+            def _(row=row, part=part):
+                out[row, pl.ds(first_column, part.shape[0])] = part
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setattr(product, "unpack_int4", unpack_int4)
+    monkeypatch.setattr(kernel, "silu_mul", silu_mul)
+    monkeypatch.setattr(kernel, "store_rows", store_rows)
+    monkeypatch.setattr(gpu_callbacks, "wgmma", wgmma_from_registers(gpu_callbacks.wgmma))
+
+    def run(*operands, **options):
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(inline_mgpu="ignore")):
+            return kernel.grouped_matmul_mosaic_gpu(*operands, **options)
+
+    return run
+
+
+# One block walks all tiles, or three share them; experts without rows, of one row, of more rows than a tile.
+@pytest.mark.parametrize(
+    ("sizes", "blocks", "after", "gated"),
+    [((3, 0, 18, 1), 1, True, False), ((0, 21, 2, 0), 3, False, True)],
+    ids=["after", "gated"],
+)
+def test_interpreted_kernel_is_the_product(rng, interpreted, monkeypatch, sizes, blocks, after, gated):
+    monkeypatch.setattr(kernel, "HOPPER_SMS", blocks)
+    config = Config(block_m=16, block_k=128, num_stages=2, num_warpgroups=2, scale_after=after, strip=1)
+    k, n, experts, rows = 256, 128, len(sizes), sum(sizes) + config.block_m
+    codes = rng.integers(-8, 8, (experts, k, n)).astype(np.int8)
+    half = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    x, scale, zero = half(rows, k), half(experts, 2, n), jnp.asarray(rng.integers(-8, 8, (experts, 2, n)), jnp.bfloat16)
+    row_scale = rng.uniform(size=rows)
+    merge = (lambda a: interleave(a[..., : n // 2], a[..., n // 2 :])) if gated else lambda a: a
+    out = interpreted(
+        x,
+        pack(merge(jnp.asarray(codes))),
+        merge(scale),
+        merge(zero),
+        jnp.asarray(sizes),
+        None,
+        jnp.asarray(row_scale),
+        activation="silu_mul" if gated else None,
+        out_dtype=jnp.bfloat16,
+        config=config,
+    )
+    shifted = codes.reshape(experts, 2, k // 2, n) - np.asarray(zero, np.float64)[:, :, None]
+    weight = (shifted * np.asarray(scale, np.float64)[:, :, None]).reshape(experts, k, n)
+    owned = np.einsum("tk,tkn->tn", np.asarray(x, np.float64)[: sum(sizes)], np.repeat(weight, sizes, axis=0))
+    if gated:
+        gate, up = owned[:, : n // 2], owned[:, n // 2 :]
+        owned = gate / (1 + np.exp(-gate)) * up
+    owned = owned * row_scale[: sum(sizes), None]
+    # The result, and the weight if it is scaled before the product (once each in gate and up), have 8 significant bits.
+    assert np.linalg.norm(np.asarray(out, np.float64)[: sum(sizes)] - owned) <= 2.0**-7 * np.linalg.norm(owned)
+    assert not np.asarray(out, np.float64)[sum(sizes) :].any()
