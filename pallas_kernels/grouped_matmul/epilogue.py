@@ -42,7 +42,7 @@ def silu_mul(sums, row_scale=None):
         registers = np.ascontiguousarray(values.reshape(2, -1).T).reshape(layout.registers_shape((TILE, half)))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return emit(*operands)
+    return emit(*operands)  # pyright: ignore[reportCallIssue] - the context is passed by the decorator
 
 
 _GATED = (
@@ -84,7 +84,7 @@ def store_rows(staging, out, first_row, low, high, first_column, *, columns: int
         mgpu.utils.warpgroup_barrier()  # every lane has written
         _store_rows(staging, out, *(s.registers.item() for s in scalars), columns, second_half)
 
-    emit(staging, out, first_row, low, high, first_column)
+    emit(staging, out, first_row, low, high, first_column)  # pyright: ignore[reportCallIssue]
 
 
 def _store_rows(staging, out, first_row, low, high, first_column, columns, second_half):

@@ -1,0 +1,246 @@
+"""The grouped int4 product on expert layers of real models, on one GPU: every row verified, then timed.
+
+    python -m experiments.bench_grouped [--checks] [--sweep] [--layers A,B] [--tokens 1,16] [--json FILE] [--seconds S]
+
+Each row runs in a worker process (a kernel that hangs costs only itself). Tokens choose their experts at random.
+"us" is every kernel of the call by the profiler, the tile map included; "kernel" the product's alone. The floor is
+the larger of the bytes of the experts that were hit at 4.3 TB/s and the products at 790 TFLOP/s (`bench_matmul`'s).
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import secrets
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import _workers
+from experiments._clock import conditions, microseconds_of_each_kernel, rotations
+from pallas_kernels.grouped_matmul import Config, default_config, grouped_matmul, separate
+from pallas_kernels.grouped_matmul.cases import LAYERS, SIZES, TOKENS
+from pallas_kernels.int4_matmul import dequantize
+
+GROUP = 128
+READ, FLOP = 4.3e12, 790e12
+# The result is rounded to 8 bits once and, scaled before the product, so is the weight: half an eps each. After
+# silu(gate) * up both of them count, and silu's slope reaches 1.1.
+TOLERANCE = {None: 2.0**-8, "silu_mul": 3 * 2.0**-8}
+
+
+def main():
+    """Runs the bench, or as a worker its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--checks", action="store_true", help="the strained group sizes, verified only")
+    parser.add_argument("--sweep", action="store_true", help="several configurations of each problem")
+    parser.add_argument("--xla", action="store_true", help="XLA's ragged_dot in bfloat16 too (one layer, few tokens)")
+    parser.add_argument("--layers", default=",".join(LAYERS))
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--activation", choices=["silu_mul"], default=None)
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--workers", type=int, default=6)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return _workers.serve(measure)
+    rows = _workers.run(
+        "experiments.bench_grouped",
+        items(arguments),
+        workers=arguments.workers,
+        seconds=arguments.seconds,
+        stall=20.0,
+        on_result=lambda row: print(line(row), flush=True),
+    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=1))
+
+
+def items(arguments) -> list[dict]:
+    """The rows to run, most wanted first."""
+    tokens = [int(t) for t in arguments.tokens.split(",") if t]
+    found = [{"shape": name, "m": 0, "sizes": name} for name in SIZES] if arguments.checks else []
+    for layer in filter(None, arguments.layers.split(",")):
+        for m in tokens:
+            item = {"shape": layer, "m": m, "activation": arguments.activation}
+            cuts = candidates(layer, m) if arguments.sweep else [None]
+            found += [item | {"config": cut} for cut in cuts]
+            if arguments.xla and layer == "mixtral-8x7b" and m <= 256:
+                found.append(item | {"ragged_dot": True})
+    return found
+
+
+def candidates(layer: str, m: int) -> list[dict | None]:
+    """The default configuration and its neighbours."""
+    experts, k, _, top = LAYERS[layer]
+    usual = default_config(m * top, experts, k, k // GROUP)
+    changes: list[dict] = [{}]
+    if usual.scale_after:
+        changes += [
+            {"num_warpgroups": 2, "block_k": 512, "num_stages": 3},
+            {"num_warpgroups": 2, "block_k": 256, "num_stages": 6},
+            {"num_warpgroups": 4, "block_k": 128, "num_stages": 7},
+            {"num_warpgroups": 4, "block_k": 256, "num_stages": 3},
+            {"num_warpgroups": 2, "block_k": 256, "num_stages": 4, "block_m": 2 * usual.block_m},
+        ]
+    else:
+        changes += [
+            {"block_m": block_m, "num_warpgroups": count, "block_k": 128, "num_stages": stages}
+            for block_m, count, stages in (
+                (64, 2, 6), (64, 4, 4), (96, 2, 4), (128, 2, 4), (160, 2, 3), (192, 2, 3), (256, 2, 2)
+            )
+        ]  # fmt: skip
+    return [dataclasses.asdict(dataclasses.replace(usual, **change)) for change in changes]
+
+
+def measure(item: dict) -> dict:
+    """One row: the error of the product, then its time."""
+    if item.get("sizes"):
+        return _check_sizes(SIZES[item["sizes"]])
+    experts, k, n, top = LAYERS[item["shape"]]
+    rows, activation = item["m"] * top, item.get("activation")
+    rng = np.random.default_rng(secrets.randbits(31))
+    routings = [group_sizes(rng, item["m"], experts, top) for _ in range(16)]
+    hit = statistics.mean(int((sizes > 0).sum()) for sizes in routings)
+    # Calls differ in weights and routing: enough of them that no weight is met in the L2 cache.
+    routings = routings[: rotations(int(hit * k * n) // 2)]
+    moved = hit * k * n * (0.5 + 2 / GROUP) + 2 * rows * (k + (n // 2 if activation else n))
+    result = {"hit": hit, "floor": max(moved / READ, 2 * rows * k * n / FLOP) * 1e6}
+    if item.get("ragged_dot"):
+        return result | _time_ragged_dot(routings[0], k, n)
+    config = Config(**item["config"]) if item.get("config") else default_config(rows, experts, k, k // GROUP)
+    product = functools.partial(grouped_matmul, implementation="mosaic_gpu", config=config, activation=activation)
+    with _workers.device_turn():
+        x, weights = _problem(rows, experts, k, n, -(-int(240e6) // (experts * k * n // 2)))
+        sizes = [jnp.asarray(s) for s in routings]
+    weights = [weights[i % len(weights)] for i in range(len(sizes))]
+    program = jax.jit(lambda x, ws, ss: [product(x, *w, group_sizes=s) for w, s in zip(ws, ss, strict=True)])
+    compiled = program.lower(x, weights, sizes).compile()
+    error_of = _compiled_error(compiled.out_info[0], x, *weights[0], sizes[0], _room(routings[0]), activation)
+    with _workers.device_turn():
+        outs, again = compiled(x, weights, sizes), compiled(x, weights, sizes)
+        error = float(error_of(outs[0], x, *weights[0], sizes[0]))
+        same = all(bool((a.view(jnp.int16) == b.view(jnp.int16)).all()) for a, b in zip(outs, again, strict=True))
+        result |= {"error_norm": error, "deterministic": same, "ran": str(config)}
+        if not (error <= TOLERANCE[activation] and same):
+            return result | {"error": f"wrong: {error:.2e}, deterministic {same}"}
+        del outs, again
+        total, each = microseconds_of_each_kernel(compiled, (x, weights, sizes), iterations=5)
+    alone = statistics.median(us for _, us in each if us > 0.5 * max(us for _, us in each))
+    total = total / len(sizes)
+    return result | {"us": total, "kernel": alone, "tflops": 2 * rows * k * n / total / 1e6}
+
+
+def group_sizes(rng, tokens: int, experts: int, top: int) -> np.ndarray:
+    """Rows of each expert when every token chooses `top` of them at random."""
+    chosen = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top]
+    return np.bincount(chosen.reshape(-1), minlength=experts).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=1)
+def _problem(rows: int, experts: int, k: int, n: int, copies: int):
+    """Random rows, and packed experts with their scales: any word is eight codes."""
+    keys = iter(jax.random.split(jax.random.key(secrets.randbits(31)), 1 + 2 * copies))
+    x = jax.random.normal(next(keys), (rows, k), jnp.bfloat16)
+    packed = (experts, -(-n // 64), -(-k // 64), 2, 256)
+
+    @jax.jit
+    def weight(key, other):
+        words = jax.lax.bitcast_convert_type(jax.random.bits(key, packed, jnp.uint32), jnp.int32)
+        scale = jax.random.uniform(other, (experts, k // GROUP, n), jnp.float32, 0.5, 1.5) * 0.2 / k**0.5
+        return words, scale.astype(jnp.bfloat16)
+
+    return x, [weight(next(keys), next(keys)) for _ in range(copies)]
+
+
+def _room(sizes) -> int:
+    """Rows of the largest expert, in few different numbers."""
+    return 1 << max(3, (int(sizes.max()) - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def relative_error(out, x, qweight, scale, sizes, room: int, activation):
+    """`|out - exact| / |exact|` against float32 products at the highest precision, expert by expert."""
+    pad = lambda a: jnp.pad(a.astype(jnp.float32), ((0, room), (0, 0)))  # noqa: E731
+    x, out = pad(x), pad(out)
+    starts = jnp.cumsum(sizes) - sizes
+
+    def expert(sums, operands):
+        words, scale, start, size = operands
+        rows = jax.lax.dynamic_slice_in_dim(x, start, room)
+        exact = jnp.matmul(rows, dequantize(words, scale, None, x.shape[1]), precision="highest")
+        if activation is not None:
+            gate, up = separate(exact)
+            exact = jax.nn.silu(gate) * up
+        mine = (jnp.arange(room) < size)[:, None]
+        off = jnp.where(mine, jax.lax.dynamic_slice_in_dim(out, start, room) - exact, 0)
+        return (sums[0] + jnp.sum(off * off), sums[1] + jnp.sum(jnp.where(mine, exact * exact, 0))), None
+
+    (off, norm), _ = jax.lax.scan(expert, (jnp.float32(0), jnp.float32(0)), (qweight, scale, starts, sizes))
+    return jnp.sqrt(off / jnp.maximum(norm, 1e-30))
+
+
+def _compiled_error(out, x, words, scale, sizes, room: int, activation):
+    # By cuBLAS, unsearched: the device must be still while another worker measures.
+    options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (out, x, words, scale, sizes)]
+    return relative_error.lower(*shapes, room, activation).compile(compiler_options=options)
+
+
+def _check_sizes(sizes) -> dict:
+    """Every way of cutting, on group sizes that strain the map; rows that belong to nobody must come out zero."""
+    experts, k, n, errors = len(sizes), 1088, 448, {}
+    cuts = [(16, 4, True), (32, 2, True), (64, 2, True), (128, 2, False), (256, 2, False), (64, 1, False)]
+    for extra, activation in ((37, None), (8, "silu_mul")):
+        with _workers.device_turn():
+            x, (weight,) = _problem(sum(sizes) + extra, experts, k, n, 1)
+            given = (x, *weight, jnp.asarray(sizes, jnp.int32))
+        for block_m, count, after in cuts:
+            config = Config(
+                block_m=block_m, block_k=128, num_stages=2, num_warpgroups=count, scale_after=after, strip=2
+            )
+            product = functools.partial(
+                grouped_matmul, implementation="mosaic_gpu", config=config, activation=activation
+            )
+            run = jax.jit(lambda x, q, s, g, product=product: product(x, q, s, group_sizes=g)).lower(*given).compile()
+            error_of = _compiled_error(run.out_info, *given, _room(np.asarray(sizes)), activation)
+            with _workers.device_turn():
+                out = run(*given)
+                error, rest = float(error_of(out, *given)), bool((out[sum(sizes) :] == 0).all())
+            if not (error <= TOLERANCE[activation] and rest):
+                errors[f"{activation} {config}"] = (error, rest)
+    return {"error": f"wrong: {errors}"} if errors else {"checked": 2 * len(cuts)}
+
+
+def _time_ragged_dot(sizes, k: int, n: int) -> dict:
+    """XLA's own grouped product of bfloat16 weights."""
+    x = jax.random.normal(jax.random.key(0), (int(sizes.sum()), k), jnp.bfloat16)
+    weight = jax.random.normal(jax.random.key(1), (len(sizes), k, n), jnp.bfloat16)
+    compiled = jax.jit(jax.lax.ragged_dot).lower(x, weight, jnp.asarray(sizes)).compile()
+    with _workers.device_turn():
+        total, _ = microseconds_of_each_kernel(compiled, (x, weight, jnp.asarray(sizes)), iterations=5)
+    return {"us": total}
+
+
+def line(row: dict) -> str:
+    """A row as text."""
+    head = f"{row['shape']:>14} {row['m']:>6} "
+    if "error" in row:
+        return head + f"{row.get('config') or ''} {row['error']}"
+    if "checked" in row:
+        return head + f"{row['checked']} cuts right"
+    if row.get("ragged_dot"):
+        return head + f"XLA ragged_dot bf16 {row['us']:.1f} us"
+    cut, share = row["ran"].removeprefix("Config"), row["floor"] / row["us"]
+    return head + (
+        f"{row['us']:9.1f} us (kernel {row['kernel']:9.1f}), floor {row['floor']:7.1f} = {share:4.0%}, "
+        f"{row['tflops']:4.0f} TFLOP/s, {row['hit']} hit, error {row['error_norm']:.1e} {cut}"
+    )
+
+
+if __name__ == "__main__":
+    main()
