@@ -37,7 +37,7 @@ def silu_mul(sums, row_scale=None):
     def emit(_, sums, *scale) -> Any:
         pairs = sums.registers.reshape(-1, 2)  # [8-column blocks, halves of 16 rows], each two adjacent columns
         scales = scale[0].registers.reshape(-1) if scale else [None] * len(pairs)
-        values = np.array([_gated(*pair, s) for pair, s in zip(pairs, scales, strict=True)], dtype=object)
+        values = np.array([_gated(gate, up, s) for (gate, up), s in zip(pairs, scales, strict=True)], dtype=object)
         layout = plgpu.Layout.WGMMA.to_mgpu()
         registers = np.ascontiguousarray(values.reshape(2, -1).T).reshape(layout.registers_shape((TILE, half)))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
@@ -82,12 +82,14 @@ def store_rows(staging, out, first_row, low, high, first_column, *, columns: int
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(STAGING), plgpu.RefType(), scalar, scalar, scalar, scalar))
     def emit(_, staging, out, *scalars):
         mgpu.utils.warpgroup_barrier()  # every lane has written
-        _store_rows(staging, out, *(s.registers.item() for s in scalars), columns, second_half)
+        values = [s.registers.item() for s in scalars]
+        _store_rows(staging, out, values, columns, second_half)
 
     emit(staging, out, first_row, low, high, first_column)  # pyright: ignore[reportCallIssue]
 
 
-def _store_rows(staging, out, first_row, low, high, first_column, columns, second_half):
+def _store_rows(staging, out, scalars, columns, second_half):
+    first_row, low, high, first_column = scalars
     i32 = ir.IntegerType.get_signless(32)
     index = ir.IndexType.get()
     constant = lambda value: mgpu.utils.c(value, i32)  # noqa: E731
