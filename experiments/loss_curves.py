@@ -1,7 +1,6 @@
 """Draws the losses of the trained models over their runs: `python -m experiments.loss_curves`.
 
-The embedded model's record is its folder's loss_curve.json. That of `--size small` is a run of 3200 steps, which shows
-why the size now stops at 800.
+The embedded models' records are their folders' loss_curve.json; that of `--size small` is a result of its own.
 """
 
 from __future__ import annotations
