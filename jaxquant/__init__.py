@@ -6,6 +6,7 @@ from jaxquant._calibrate import calibrate as calibrate
 from jaxquant._fake_quantized import fake_quantized as fake_quantized
 from jaxquant._lazy import LazyArray as LazyArray
 from jaxquant._moe import Routing as Routing
+from jaxquant._moe import merge_gate_up as merge_gate_up
 from jaxquant._moe import moe as moe
 from jaxquant._moe import route as route
 from jaxquant._ops import attention as attention

@@ -1,12 +1,24 @@
 """`moe`: a mixture-of-experts feed-forward layer on quantized experts, from routing to the weighted sum."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
-from jaxquant._ops import Quantized, dot_general, ragged_dot
+from jaxquant._ops import (
+    GROUPED,
+    Quantized,
+    dot_general,
+    grouped_product,
+    interleave,
+    plain,
+    ragged_dot,
+    ragged_implementation,
+    separate,
+)
+from jaxquant._qarray import QArray
+from jaxquant._views import refine
 
 COMPARED = 4096  # up to so many rows, comparing all pairs orders them faster than sorting does
 Weight = jax.Array | Quantized
@@ -144,7 +156,7 @@ def moe(
     x: jax.Array,
     logits: jax.Array,
     gate: Weight,
-    up: Weight,
+    up: Weight | None,
     down: Weight,
     routing: Routing,
     *,
@@ -160,8 +172,9 @@ def moe(
     Args:
         x: [..., D] floating activations.
         logits: [..., E] of the router, for example `x @ router`: a small product that stays in float.
-        gate: [E, D, F] weights of the experts, float or quantized.
-        up: [E, D, F].
+        gate: [E, D, F] weights of the experts, float or quantized; or, with `up=None`, [E, D, 2 F] as `merge_gate_up`
+            gives it, whose kernel reads the rows once and computes silu(gate) * up before it writes.
+        up: [E, D, F], or None.
         down: [E, F, D].
         routing: how experts are chosen and weighed.
         bias: see `route`.
@@ -187,13 +200,70 @@ def moe(
     flat = x.reshape(-1, x.shape[-1])
     by_expert = sort_by_expert(chosen.reshape(-1), logits.shape[-1])
     rows = flat[by_expert.order // routing.per_token]
-    hidden = _gated(_grouped(rows, gate, by_expert.sizes), _grouped(rows, up, by_expert.sizes))
-    out = _grouped(hidden, down, by_expert.sizes)[by_expert.place].reshape(*chosen.shape, -1)
-    total = jnp.sum(out.astype(jnp.float32) * weights[:, :, None], axis=1)
+    hidden = _hidden(rows, gate, up, by_expert.sizes)
+    out = _weighted(hidden, down, by_expert.sizes, weights.reshape(-1)[by_expert.order])
+    total = jnp.sum(out[by_expert.place].reshape(*chosen.shape, -1).astype(jnp.float32), axis=1)
     if shared is not None:
         hidden = _gated(_dense(flat, shared[0]), _dense(flat, shared[1]))
         total = total + _dense(hidden, shared[2]).astype(jnp.float32)
     return total.astype(x.dtype).reshape(x.shape)
+
+
+def merge_gate_up(gate: Weight, up: Weight) -> Weight:
+    """Merges the gate and up projections of experts into the one weight that `moe` takes in their place.
+
+    Args:
+        gate: [E, D, F], F a multiple of 8: float or quantized along D.
+        up: alike.
+
+    Returns:
+        [E, D, 2 F]: eight columns of gate, the same eight of up, and so on; plain, so that `pack_for` packs it.
+
+    Raises:
+        TypeError: one is quantized and the other not, or channels of one are kept in float.
+        ValueError: they differ in shape, format, grid, or in what they do to their inputs.
+
+    >>> merge_gate_up(jnp.zeros((2, 4, 8)), jnp.ones((2, 4, 8))).shape
+    (2, 4, 16)
+    """
+    if not isinstance(gate, Quantized) and not isinstance(up, Quantized):
+        return interleave(gate, up)
+    if not isinstance(gate, QArray) or not isinstance(up, QArray):
+        raise TypeError(f"merge_gate_up: {gate!r} and {up!r}; two float arrays or two QArrays are accepted")
+    gate, up = plain(gate), plain(up)
+    if jax.tree.structure(gate) != jax.tree.structure(up) or gate.shape != up.shape or gate.axis != (-2,):
+        raise ValueError(f"merge_gate_up: {gate!r} and {up!r}; equal formats and shapes, along axis -2, are accepted")
+    for name in ("pre_scale", "perm", "act_scale", "act_zero_point"):
+        if getattr(gate, name) is not None and not jnp.array_equal(getattr(gate, name), getattr(up, name)):
+            raise ValueError(f"merge_gate_up: the {name} of gate and up differ; quantize them together")
+    outputs = gate.shape[-1]
+
+    def merged(name: str) -> jax.Array | None:
+        a, b = getattr(gate, name), getattr(up, name)
+        return None if a is None else interleave(*(refine(grid, grid.ndim - 1, outputs) for grid in (a, b)))
+
+    grids = {name: merged(name) for name in ("qvalue", "scale", "zero_point")}
+    return dataclasses.replace(gate, **grids, trailing=(*gate.trailing[:-1], 2 * outputs))
+
+
+def _hidden(rows: jax.Array, gate: Weight, up: Weight | None, sizes: jax.Array) -> jax.Array:
+    """silu(gate) * up of rows sorted by expert."""
+    if up is not None:
+        return _gated(_grouped(rows, gate, sizes), _grouped(rows, up, sizes))
+    if _by_kernel(gate, rows):
+        return grouped_product(rows, gate, sizes, rows.dtype, activation="silu_mul")
+    return _gated(*separate(_grouped(rows, gate, sizes)))
+
+
+def _weighted(rows: jax.Array, weight: Weight, sizes: jax.Array, row_scale: jax.Array) -> jax.Array:
+    """The product of rows sorted by expert, each row times its routing weight."""
+    if _by_kernel(weight, rows):
+        return grouped_product(rows, weight, sizes, rows.dtype, row_scale=row_scale)
+    return _grouped(rows, weight, sizes).astype(jnp.float32) * row_scale[:, None]
+
+
+def _by_kernel(weight: Weight, rows: jax.Array) -> TypeGuard[QArray]:
+    return isinstance(weight, QArray) and ragged_implementation(weight, rows.dtype, rows.dtype)[0] == GROUPED
 
 
 def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -215,14 +285,16 @@ def _dense(x: jax.Array, weight: Weight) -> jax.Array:
 
 
 def _check(
-    x: jax.Array, logits: jax.Array, gate: Weight, up: Weight, down: Weight, shared: tuple[Weight, ...] | None
+    x: jax.Array, logits: jax.Array, gate: Weight, up: Weight | None, down: Weight, shared: tuple[Weight, ...] | None
 ) -> None:
     """Raises where shapes do not fit."""
     if not jnp.issubdtype(x.dtype, jnp.floating) or logits.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"moe: x {x.dtype} {x.shape} with logits {logits.shape}; [..., D] and [..., E] are accepted")
-    experts, width, hidden = logits.shape[-1], x.shape[-1], gate.shape[-1]
-    expected = {"gate": (gate, (experts, width, hidden)), "up": (up, (experts, width, hidden))}
-    expected["down"] = (down, (experts, hidden, width))
+    experts, width, hidden = logits.shape[-1], x.shape[-1], down.shape[-2]
+    expected = {"down": (down, (experts, hidden, width))}
+    expected["gate"] = gate, (experts, width, hidden if up is not None else 2 * hidden)
+    if up is not None:
+        expected["up"] = up, (experts, width, hidden)
     if shared is not None:
         common = shared[0].shape[-1]
         sizes = ((width, common), (width, common), (common, width))

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import overload
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,17 @@ from jaxquant._packed import INT4_LAYOUT, INT8_LAYOUT
 from jaxquant._products import bare, contract, product, ready_activation, refusal
 from jaxquant._qarray import QArray, codes_of, pack_padded
 from jaxquant._qtypes import decode_codes
-from jaxquant._ragged import ragged_product
+from jaxquant._ragged import expert_of_rows, ragged_product, ready_rows, round_rows
 from jaxquant._spec import PerGroup, PerToken, TensorSpec
 from jaxquant._views import Unrepresentable, packed_dim
 from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.attention import attention as attention
 from pallas_kernels.decode_attention import decode_attention as decode_attention
-from pallas_kernels.int4_matmul import int4_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import interleave as interleave
+from pallas_kernels.grouped_matmul import separate as separate
+from pallas_kernels.grouped_matmul import supports as grouped_supports
+from pallas_kernels.int4_matmul import Int4Weight, int4_matmul_many
 from pallas_kernels.int4_matmul import pack as pack_int4
 from pallas_kernels.int4_matmul import supports as int4_supports
 from pallas_kernels.int4_matmul import unpack as unpack_int4
@@ -36,6 +40,7 @@ from pallas_kernels.int8_matmul import pack as pack_int8
 from pallas_kernels.int8_matmul import unpack as unpack_int8
 
 KERNELS = {INT4_LAYOUT: "int4_matmul", INT8_LAYOUT: "int8_matmul"}
+GROUPED = "grouped_matmul"
 Quantized = QArray | OutlierArray
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
@@ -132,25 +137,77 @@ def kernel_refusal(q: QArray, dims: Dims, x_dtype: jnp.dtype, dtype: jnp.dtype) 
         return None if x_dtype in takes and dtype in takes else f"the kernel takes no {x_dtype} and gives no {dtype}"
     if dtype != x_dtype:
         return f"the kernel gives x's {x_dtype}, not {dtype}"
+    if dims.w_batch:
+        return _grouped_refusal(q, x_dtype, dtype)
     groups = math.prod(_packed.group_cells(q))
     zero = q.zero_point is not None
     return int4_supports(k, n + -n % 64, groups, x_dtype, has_zero_point=zero, scale_dtype=q.scale.dtype)
 
 
+def _grouped_refusal(q: QArray, x_dtype: jnp.dtype, dtype: jnp.dtype) -> str | None:
+    """Why the grouped kernel cannot multiply rows sorted by the matrices of a packed stack, or None."""
+    k, _ = _packed.matrix_shape(q)
+    codes = jnp.dtype(jnp.int32) if q.layout == INT4_LAYOUT else q.qvalue.dtype
+    return grouped_supports(
+        k,
+        math.prod(_packed.group_cells(q)),
+        x_dtype if q.layout == INT4_LAYOUT else codes,
+        codes,
+        has_zero_point=q.zero_point is not None,
+        scale_dtype=q.scale.dtype,
+        out_dtype=dtype,
+    )
+
+
 def _int4_product(x: jax.Array, q: QArray, dims: Dims, dtype: jnp.dtype, shared: dict) -> jax.Array:
-    """[*batch, *free of x, *free of the weight]: batches of matrices one by one, other matrices side by side."""
+    """[*batch, *free of x, *free of the weight]: batches of matrices in groups, other matrices side by side."""
     del dtype  # x's own
+    if not dims.w_batch:
+        if _sibling_key(x, q, dims) not in shared:
+            multiply_siblings(x, [(q, dims)], shared)
+        return shared[_sibling_key(x, q, dims)][-1]
     rows = _packed.to_rows(ready_activation(x, q, dims, shared)[0], q, dims)
+    batch = len(dims.w_batch)
+    count, each = math.prod(rows.shape[:batch]), math.prod(rows.shape[batch:-1])
+    operands = [leaf.reshape(count, *leaf.shape[batch:]) for leaf in jax.tree.leaves(_int4_operands(q, dims))]
+    out = grouped_matmul(rows.reshape(-1, rows.shape[-1]), *operands, group_sizes=jnp.full(count, each, jnp.int32))
+    return _packed.to_free(out, rows, q, dims)
+
+
+def _int4_operands(q: QArray, dims: Dims) -> Int4Weight:
+    """A weight as the kernel's operands, batches of matrices in front."""
 
     def of_grid(grid: jax.Array) -> jax.Array:
         return _packed.gather_matrices(_packed.grid_to_matrix(grid, q), q, dims, 1)
 
-    operands = [_packed.gather_matrices(q.qvalue, q, dims, 0), of_grid(q.scale)]
-    operands += [] if q.zero_point is None else [of_grid(q.zero_point)]
-    multiply = int4_matmul
-    for _ in dims.w_batch:
-        multiply = jax.vmap(multiply)
-    return _packed.to_free(multiply(rows, *operands), rows, q, dims)
+    codes = _packed.gather_matrices(q.qvalue, q, dims, 0)
+    return Int4Weight(codes, of_grid(q.scale), None if q.zero_point is None else of_grid(q.zero_point))
+
+
+def multiply_siblings(x: jax.Array, weights: Sequence[tuple[QArray, Dims]], shared: dict) -> None:
+    """Multiplies x by weights that the int4 kernel takes, in one launch for all that need x in the same form.
+
+    Args:
+        x: the activation.
+        weights: each with how it meets x, without batches; `kernel_refusal` has found nothing against it.
+        shared: where `dot_general` finds each product.
+    """
+    kinds: dict[tuple, list[tuple[QArray, Dims]]] = {}
+    for q, dims in weights:
+        ready = ready_activation(x, q, dims, shared)[0]
+        order = tuple(_packed.contracting_order(q, dims))
+        kind = id(ready), order, math.prod(_packed.group_cells(q)), q.scale.dtype, q.zero_point is None
+        kinds.setdefault(kind, []).append((q, dims))
+    for siblings in kinds.values():
+        q, dims = siblings[0]
+        rows = _packed.to_rows(ready_activation(x, q, dims, shared)[0], q, dims)
+        outs = int4_matmul_many(rows, [_int4_operands(q, dims) for q, dims in siblings])
+        for (q, dims), out in zip(siblings, outs, strict=True):
+            shared[_sibling_key(x, q, dims)] = x, q, _packed.to_free(out, rows, q, dims)
+
+
+def _sibling_key(x: jax.Array, q: QArray, dims: Dims) -> tuple:
+    return "sibling", id(x), id(q), dims
 
 
 def _int8_product(x: jax.Array, q: QArray, dims: Dims, dtype: jnp.dtype, shared: dict) -> jax.Array:
@@ -370,6 +427,8 @@ def ragged_dot(
         )
     dtype = preferred_element_type or lhs.dtype
     if not isinstance(rhs, OutlierArray):
+        if ragged_implementation(rhs, lhs.dtype, dtype)[0] == GROUPED:
+            return grouped_product(lhs, rhs, group_sizes, dtype)
         return ragged_product(lhs, plain(rhs), group_sizes, dtype)
     if rhs.axis != (-2,):
         raise NotImplementedError(
@@ -380,9 +439,61 @@ def ragged_dot(
     return (ragged_product(kept, plain(rhs.base), group_sizes, term.dtype) + term).astype(dtype)
 
 
+def grouped_product(
+    x: jax.Array,
+    q: QArray,
+    group_sizes: jax.Array,
+    dtype: jnp.dtype,
+    *,
+    activation: Literal["silu_mul"] | None = None,
+    row_scale: jax.Array | None = None,
+) -> jax.Array:
+    """The ragged product by the grouped kernel, for which `ragged_implementation` has found the weight fit.
+
+    Args:
+        x: [M, K] rows sorted by expert.
+        q: packed [E, K, N].
+        group_sizes: [E].
+        dtype: of the result.
+        activation: `"silu_mul"` where the columns are a gate and an up projection, interleaved.
+        row_scale: [M] factors of the result's rows.
+
+    Returns:
+        [M, N], or [M, N / 2] after an activation.
+    """
+    expert = expert_of_rows(group_sizes, x.shape[0])
+    rows, x_scale = ready_rows(x, q, expert), None
+    if q.activation is not None:
+        rows, x_scale = _rounded_rows(rows, q, q.activation, expert)
+    zero = None if q.zero_point is None else _packed.grid_to_matrix(q.zero_point, q)
+    options = {"x_scale": x_scale, "activation": activation, "row_scale": row_scale, "out_dtype": dtype}
+    return grouped_matmul(rows, q.qvalue, _packed.grid_to_matrix(q.scale, q), zero, group_sizes=group_sizes, **options)
+
+
+def _rounded_rows(rows: jax.Array, q: QArray, spec: TensorSpec, expert: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(codes, scales [M, 1]) of ready rows."""
+    limit = None if q.act_scale is not None else _kernel_limit(spec)
+    if limit is not None:
+        codes, scale = activation_quant(rows, q.format.code_dtype, limit=limit)
+        return codes, scale
+    codes = round_rows(rows, q, spec, expert)
+    return codes.qvalue, jnp.broadcast_to(codes.scale, (rows.shape[0], 1)).astype(jnp.float32)
+
+
+def ragged_implementation(q: Quantized, x_dtype: jnp.dtype, dtype: jnp.dtype) -> tuple[str, str]:
+    """What `ragged_dot` multiplies this weight [E, K, N] with, and why not with the grouped kernel."""
+    q = q.base if isinstance(q, OutlierArray) else q
+    if q.layout == "plain":
+        return "xla", ""
+    if (_packed.stack_dims(q), _packed.contracting_dims(q)) != (1, (1,)):
+        return "xla", "unpacked in the program: it is summed over other axes than it was packed for"
+    why = _grouped_refusal(q, x_dtype, dtype)
+    return (GROUPED, "") if why is None else ("xla", f"unpacked in the program: {why}")
+
+
 def why_dense(q: Quantized, lhs_is_weight: bool, dimension_numbers: DimensionNumbers) -> str | None:
     """Why `dot_general` would refuse this weight, or None."""
-    dims = _dims(lhs_is_weight, dimension_numbers)
+    dims = pairing(lhs_is_weight, dimension_numbers)
     return outlier_refusal(q, dims) if isinstance(q, OutlierArray) else refusal(q, dims)
 
 
@@ -393,11 +504,14 @@ def implementation(
     q = q.base if isinstance(q, OutlierArray) else q
     if q.layout == "plain":
         return "xla", ""
-    why = kernel_refusal(q, _dims(lhs_is_weight, dimension_numbers), x_dtype, dtype)
-    return (KERNELS[q.layout], "") if why is None else ("xla", f"unpacked in the program: {why}")
+    dims = pairing(lhs_is_weight, dimension_numbers)
+    why = kernel_refusal(q, dims, x_dtype, dtype)
+    name = GROUPED if dims.w_batch and q.layout == INT4_LAYOUT else KERNELS[q.layout]
+    return (name, "") if why is None else ("xla", f"unpacked in the program: {why}")
 
 
-def _dims(lhs_is_weight: bool, dimension_numbers: DimensionNumbers) -> Dims:
+def pairing(lhs_is_weight: bool, dimension_numbers: DimensionNumbers) -> Dims:
+    """How the activation and the weight of a `dot_general` meet."""
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = (
         tuple(tuple(map(int, dims)) for dims in pair) for pair in dimension_numbers
     )

@@ -1,13 +1,17 @@
-"""The ragged product: rows of x, sorted by expert, each with its own expert's quantized weight."""
+"""The ragged product: rows of x, sorted by expert, each with its own expert's quantized weight.
+
+Fewer rows than experts each fetch their expert's codes, so that no other expert is read. More rows go through XLA's
+ragged product, cell by cell.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant._activation import Dims, quantize_activation
-from jaxquant._products import bare, cell_counts, meet, scan_cells
+from jaxquant._products import bare, cell_counts, meet, product, scan_cells
 from jaxquant._qarray import QArray, pad_axis
 from jaxquant._spec import TensorSpec
-from jaxquant._views import packed_dim, refine
+from jaxquant._views import packed_dim, refine, take
 
 _DIMS = Dims((1,), (1,))
 
@@ -25,13 +29,10 @@ def ragged_product(x: jax.Array, q: QArray, group_sizes: jax.Array, dtype: jnp.d
         [M, N].
     """
     expert = expert_of_rows(group_sizes, x.shape[0])
-    if q.pre_scale is not None:
-        x = x * _of_row(q.pre_scale, expert)[:, :, 0].astype(x.dtype)
-    if q.perm is not None:
-        x = jnp.take_along_axis(x, _of_row(q.perm, expert)[:, :, 0], axis=1, mode="clip")
-    if packed_dim(q) == 1:
-        x = pad_axis(x, -1, q.padded - q.shape[1])
-    inputs = x if q.activation is None else _round_rows(x, q, q.activation, expert)
+    if x.shape[0] < q.shape[0] and packed_dim(q) != 0:
+        return _fetched_product(x, q, group_sizes, expert, dtype)
+    x = ready_rows(x, q, expert)
+    inputs = x if q.activation is None else round_rows(x, q, q.activation, expert)
 
     def one_cell(x: jax.Array | QArray, w: QArray, _: Dims) -> jax.Array:
         return _ragged_cell(x, w, group_sizes, expert)
@@ -40,6 +41,22 @@ def ragged_product(x: jax.Array, q: QArray, group_sizes: jax.Array, dtype: jnp.d
     weight = bare(q)
     total = one_cell(inputs, weight, _DIMS) if cells == 1 else scan_cells(one_cell, inputs, weight, _DIMS, 0, cells)
     return total[:, : q.shape[2]].astype(dtype)  # cuts the padding of a weight that is packed along N
+
+
+def _fetched_product(x: jax.Array, q: QArray, group_sizes: jax.Array, expert: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The ragged product of few rows: a batch of products, each with the matrix of its row's expert."""
+    rows = jnp.arange(x.shape[0], dtype=group_sizes.dtype)
+    total = product(x, take(q, expert, 0, "clip"), Dims((1,), (1,), (0,), (0,)), dtype)
+    return jnp.where((rows < jnp.sum(group_sizes))[:, None], total, jnp.zeros((), dtype))
+
+
+def ready_rows(x: jax.Array, q: QArray, expert: jax.Array) -> jax.Array:
+    """Brings rows [M, K] to what the codes of their experts expect, as `prepare` does for other products."""
+    if q.pre_scale is not None:
+        x = x * _of_row(q.pre_scale, expert)[:, :, 0].astype(x.dtype)
+    if q.perm is not None:
+        x = jnp.take_along_axis(x, _of_row(q.perm, expert)[:, :, 0], axis=1, mode="clip")
+    return pad_axis(x, -1, q.padded - q.shape[1]) if packed_dim(q) == 1 else x
 
 
 def expert_of_rows(group_sizes: jax.Array, count: int) -> jax.Array:
@@ -54,7 +71,8 @@ def _of_row(grid: jax.Array, expert: jax.Array) -> jax.Array:
     return grid if grid.shape[0] == 1 else grid[expert]
 
 
-def _round_rows(x: jax.Array, q: QArray, spec: TensorSpec, expert: jax.Array) -> QArray:
+def round_rows(x: jax.Array, q: QArray, spec: TensorSpec, expert: jax.Array) -> QArray:
+    """The codes of ready rows: by each row's own range, or by the static scale of its expert."""
     if q.act_scale is None:
         return quantize_activation(x, _DIMS, spec)
     rows = jnp.broadcast_to(_of_row(q.act_scale, expert), (x.shape[0], 1, 1))

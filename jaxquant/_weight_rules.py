@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxquant import _ops, _packed, _views
+from jaxquant._activation import Dims
 from jaxquant._convolution import convolution, convolution_refusal
 from jaxquant._interpreter import Frame, Value, bind, result_of
 from jaxquant._outliers import OutlierArray, multiply_weight, view_weight
@@ -38,6 +39,21 @@ def _product(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) -
     if not shifted:
         return [result]
     return [(result.astype(jnp.float32) + _delta_product(weight, x, numbers, first)).astype(dtype)]
+
+
+def sibling_operands(run: "Execution", eqn: core.JaxprEqn, values: list) -> tuple[Value, QArray, Dims] | None:
+    """(x, weight, how they meet) of a product that a launch for several weights can take, else None."""
+    if sum(map(run.is_special, values)) != 1:
+        return None
+    first = run.is_special(values[0])
+    weight, x = values if first else values[::-1]
+    q = weight.weight.array if isinstance(weight, Shifted) else weight.array
+    numbers = eqn.params["dimension_numbers"]
+    if not isinstance(q, QArray) or _ops.why_dense(q, first, numbers) is not None:
+        return None
+    name, _ = _ops.implementation(q, first, numbers, x.dtype, result_of(eqn).dtype)
+    dims = _ops.pairing(first, numbers)
+    return (x, q, dims) if name == _ops.KERNELS[_packed.INT4_LAYOUT] and not dims.w_batch else None
 
 
 def _delta_product(value: Shifted, x: jax.Array, numbers: Any, weight_first: bool) -> jax.Array:
@@ -94,10 +110,11 @@ def _ragged(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) ->
     if not plain or not isinstance(rhs, Weight) or run.is_special(lhs):
         return "only [M, K] x [E, K, N] ragged products have a quantized form"
     try:
-        result = _ops.ragged_dot(lhs, rhs.array, group_sizes, result_of(eqn).dtype)
+        dtype = result_of(eqn).dtype
+        result = _ops.ragged_dot(lhs, rhs.array, group_sizes, dtype)
     except NotImplementedError as error:
         return str(error)
-    run.record(frame, eqn, rhs.path, "xla")
+    run.record(frame, eqn, rhs.path, *_ops.ragged_implementation(rhs.array, lhs.dtype, dtype))
     return [result]
 
 

@@ -201,7 +201,7 @@ def test_impossible_routings_are_refused(fields, named):
 def test_shapes_that_do_not_fit_are_named(layer):
     x, logits, gate, up, down = layer(4, 6)
     routing = jq.Routing(per_token=2)
-    with pytest.raises(ValueError, match=r"moe: down \(4, 32, 64\).*\(4, 64, 32\) fits"):
+    with pytest.raises(ValueError, match=r"moe: down \(4, 32, 64\).*\(4, 32, 32\) fits"):
         jq.moe(x, logits, gate, up, up, routing)
     with pytest.raises(ValueError, match=r"logits \(5, 4\)"):
         jq.moe(x, logits[:5], gate, up, down, routing)
