@@ -16,9 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.config import ALIGNMENT, HOPPER_SMS, TILE, Config, tile_bound
-from pallas_kernels.grouped_matmul.epilogue import PER_COLUMN, STAGING, silu_mul, store_rows
-from pallas_kernels.grouped_matmul.product import scaled_after, scaled_before
+from pallas_kernels.grouped_matmul.config import ALIGNMENT, BLOCK, HOPPER_SMS, TILE, Config, tile_bound
+from pallas_kernels.grouped_matmul.epilogue import PER_COLUMN, PER_ROW, STAGING, silu_mul, store_rows
+from pallas_kernels.grouped_matmul.product import exact, promoted, scaled_after, scaled_before
 from pallas_kernels.grouped_matmul.tiles import COLUMN, EXPERT, FIRST, HIGH, LOW, tile_map
 
 # Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at
@@ -32,15 +32,15 @@ def grouped_matmul_mosaic_gpu(
 ) -> jax.Array:
     """Launch the kernel on the operands of `grouped_matmul_reference`."""
     rows, k = x.shape
-    del x_scale
     depth = TILE if scale.shape[1] == 1 else min(TILE, k // scale.shape[1])
     if rows > ALIGNMENT or k % depth:  # The copy engine addresses x in tiles of 8 rows by 64 (or 32) inputs.
         x = jnp.pad(x, ((0, -rows % ALIGNMENT if rows > ALIGNMENT else 0), (0, -k % depth)))
     refs = {"x": x, "weight": qweight, "scale": scale}
     if zero_point is not None:
         refs["zero"] = zero_point
-    if row_scale is not None:
-        refs["row_scale"] = jnp.pad(row_scale.astype(jnp.float32), (0, config.block_m))
+    for name, vector in (("x_scale", x_scale), ("row_scale", row_scale)):
+        if vector is not None:  # a tile at the end reads on
+            refs[name] = jnp.pad(vector.astype(jnp.float32).reshape(-1), (0, config.block_m))
     plan = _Plan(rows, x, qweight, scale, activation, out_dtype, config)
     refs["tiles"], refs["count"] = tile_map(group_sizes, rows, plan.n_tiles, config)
     names = tuple(refs)
@@ -60,17 +60,21 @@ class _Plan:
     """The static geometry of one launch."""
 
     def __init__(self, rows, x, qweight, scale, activation, out_dtype, config):
-        self.config, self.gated = config, activation == "silu_mul"
+        self.config, self.gated, self.int4 = config, activation == "silu_mul", qweight.dtype == jnp.int32
         self.x_dtype, self.scale_dtype, self.out_dtype = x.dtype, scale.dtype, jnp.dtype(out_dtype)
         self.num_experts, num_groups, n = scale.shape
         k = x.shape[1]
         self.n_tiles, self.k_steps = pl.cdiv(n, config.block_n), pl.cdiv(k, config.block_k)
-        self.columns = n // 2 if self.gated else n
+        self.n, self.columns = n, n // 2 if self.gated else n
         self.group_size = k // num_groups if num_groups > 1 else self.k_steps * config.block_k
         self.scale_rows = max(1, config.block_k // self.group_size)
         # Inputs that share a scale inside a stage, and inputs of one call of wgmma.
         self.group_k = min(self.group_size, config.block_k)
-        self.wgmma_k = min(self.group_k, TILE)
+        self.wgmma_k = min(self.group_k, TILE if self.int4 else BLOCK)
+        if self.int4:
+            self.product = scaled_after if config.scale_after else scaled_before
+        else:
+            self.product = exact if x.dtype == jnp.int8 else promoted
         # Rows that are staged and stored at a time.
         self.piece = min(config.block_m // 2 if self.gated else config.block_m, TILE)
         self.num_blocks = min(HOPPER_SMS, tile_bound(rows, self.num_experts, config.block_m) * self.n_tiles)
@@ -78,16 +82,18 @@ class _Plan:
     def scratch(self, has_zero_point: bool):
         """Shared memory and barriers, by name."""
         c, stages = self.config, self.config.num_stages
-        scales = plgpu.SMEM((stages, self.scale_rows, c.block_n), self.scale_dtype)
         scratch = {
             "x": _tiled((stages, c.block_m, c.block_k), self.x_dtype, self.wgmma_k),
-            "weight": plgpu.SMEM((stages, c.num_warpgroups, c.block_k // TILE, 2, 256), jnp.int32),
-            "scale": scales,
             "out": plgpu.SMEM((c.num_warpgroups, 2, self.piece, TILE), self.out_dtype, transforms=STAGING),
-            "full": plgpu.Barrier(num_arrivals=3 + has_zero_point, num_barriers=stages),
+            "full": plgpu.Barrier(num_arrivals=2 + self.int4 + has_zero_point, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
         }
-        return scratch | ({"zero": scales} if has_zero_point else {})
+        if not self.int4:
+            return scratch | {"weight": _tiled((stages, c.block_n, c.block_k), self.x_dtype, BLOCK)}
+        scratch["weight"] = plgpu.SMEM((stages, c.num_warpgroups, c.block_k // TILE, 2, 256), jnp.int32)
+        for name in ("scale", "zero") if has_zero_point else ("scale",):
+            scratch[name] = plgpu.SMEM((stages, self.scale_rows, c.block_n), self.scale_dtype)
+        return scratch
 
 
 def _tiled(shape, dtype, columns: int):
@@ -150,16 +156,17 @@ def _copy_tiles(plan: _Plan, refs, smem):
         def copy_stage(step, at):
             slot = lax.rem(at, jnp.int32(c.num_stages))
             pl.when(at >= c.num_stages)(lambda: plgpu.barrier_wait(smem["empty"].at[slot]))
-            k_tiles = c.block_k // TILE
-            groups = pl.ds(lax.div(step * c.block_k, plan.group_size), plan.scale_rows)
-            outputs = pl.ds(tile[COLUMN] * c.num_warpgroups, c.num_warpgroups)
-            sources = {
-                "weight": refs["weight"].at[tile[EXPERT], outputs, pl.ds(step * k_tiles, k_tiles)],
-                "x": refs["x"].at[pl.ds(tile[FIRST] * ALIGNMENT, c.block_m), pl.ds(step * c.block_k, c.block_k)],
-            }
-            sources |= {
-                name: refs[name].at[tile[EXPERT], groups, columns] for name in ("scale", "zero") if name in refs
-            }
+            inputs = pl.ds(step * c.block_k, c.block_k)
+            sources = {"x": refs["x"].at[pl.ds(tile[FIRST] * ALIGNMENT, c.block_m), inputs]}
+            if plan.int4:
+                k_tiles = c.block_k // TILE
+                outputs = pl.ds(tile[COLUMN] * c.num_warpgroups, c.num_warpgroups)
+                groups = pl.ds(lax.div(step * c.block_k, plan.group_size), plan.scale_rows)
+                sources["weight"] = refs["weight"].at[tile[EXPERT], outputs, pl.ds(step * k_tiles, k_tiles)]
+                for name in ("scale", "zero") if "zero" in refs else ("scale",):
+                    sources[name] = refs[name].at[tile[EXPERT], groups, columns]
+            else:
+                sources["weight"] = refs["weight"].at[tile[EXPERT], columns, inputs]
             for name, source in sources.items():
                 plgpu.copy_gmem_to_smem(source, smem[name].at[slot], smem["full"].at[slot])
             return at + 1
@@ -174,23 +181,40 @@ def _copy_tiles(plan: _Plan, refs, smem):
 def _compute_tiles(plan: _Plan, warpgroup, refs, out, smem):
     """Multiply this warpgroup's 64 outputs of every tile, finish them, store."""
     c = plan.config
-    product = scaled_after if c.scale_after else scaled_before
 
     def visit(tile, steps, position):
-        sums = product(plan, warpgroup, smem, steps, position)
-        row_scale = None
-        if "row_scale" in refs:
-            row_scale = plgpu.load(
-                refs["row_scale"].at[pl.ds(tile[FIRST] * ALIGNMENT, c.block_m)], layout=PER_COLUMN, optimized=False
-            )
-        first_column = tile[COLUMN] * c.block_n + warpgroup * TILE
-        if plan.gated:
-            sums, first_column = silu_mul(sums, row_scale), lax.div(first_column, jnp.int32(2))
-        elif row_scale is not None:
-            sums = sums * lax.broadcast_in_dim(row_scale, sums.shape, (1,))
-        _store(plan, warpgroup, out, smem, sums, tile, first_column)
+        totals = plan.product(plan, warpgroup, smem, steps, position)
+        for i, sums in enumerate(totals):
+            first_column = tile[COLUMN] * c.block_n + (warpgroup * c.row_tiles + i) * TILE
+            _finish(plan, warpgroup, refs, out, smem, sums, tile, first_column)
 
     _for_each_tile(plan, refs, visit)
+
+
+def _finish(plan: _Plan, warpgroup, refs, out, smem, sums, tile, first_column):
+    """Scale a tile's sums, apply the activation, store."""
+    own = pl.ds(tile[FIRST] * ALIGNMENT, plan.config.block_m)
+    of_row = {
+        name: plgpu.load(refs[name].at[own], layout=PER_COLUMN, optimized=False)
+        for name in ("x_scale", "row_scale")
+        if name in refs
+    }
+    if not plan.int4:
+        # The expert that owns nothing, and outputs past the last, read some other scale.
+        where = (
+            jnp.minimum(tile[EXPERT], plan.num_experts - 1),
+            0,
+            pl.ds(jnp.minimum(first_column, plan.n - TILE), TILE),
+        )
+        scale = plgpu.load(refs["scale"].at[where], layout=PER_ROW, optimized=False).astype(jnp.float32)
+        sums = sums * lax.broadcast_in_dim(scale, sums.shape, (0,))
+        sums = sums * lax.broadcast_in_dim(of_row["x_scale"], sums.shape, (1,))
+    row_scale = of_row.get("row_scale")
+    if plan.gated:
+        sums, first_column = silu_mul(sums, row_scale), lax.div(first_column, jnp.int32(2))
+    elif row_scale is not None:
+        sums = sums * lax.broadcast_in_dim(row_scale, sums.shape, (1,))
+    _store(plan, warpgroup, out, smem, sums, tile, first_column)
 
 
 def _store(plan: _Plan, warpgroup, out, smem, values, tile, first_column):

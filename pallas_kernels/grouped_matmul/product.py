@@ -1,4 +1,7 @@
-"""A warpgroup's product over the stages of the ring: int4 weights by way of registers."""
+"""A warpgroup's product over the stages of the ring: int4 weights by way of registers, 8-bit ones as they lie.
+
+Each function returns the sums `[64, block_m]` of the warpgroup's row tiles, and gives every stage back.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.grouped_matmul.epilogue import PER_ROW, TILE
 from pallas_kernels.int4_matmul.layout import CODE_OFFSET
 from pallas_kernels.int4_matmul.operand import MAGIC, unpack_int4
+from pallas_kernels.int8_matmul.mosaic_gpu import DEEPEST
 
 
-def scaled_after(plan, warpgroup, smem, steps, position) -> jax.Array:
+def scaled_after(plan, warpgroup, smem, steps, position) -> tuple[jax.Array, ...]:
     """Sum over groups of `scale * (integer product)`: one short product a group, scaled in float32."""
     c = plan.config
 
@@ -34,11 +38,10 @@ def scaled_after(plan, warpgroup, smem, steps, position) -> jax.Array:
         plgpu.barrier_arrive(smem["empty"].at[slot])
         return acc
 
-    zeros = plgpu.layout_cast(jnp.zeros((TILE, c.block_m), jnp.float32), plgpu.Layout.WGMMA)
-    return lax.fori_loop(0, steps, stage, zeros)
+    return (lax.fori_loop(0, steps, stage, _zeros(plan)),)
 
 
-def scaled_before(plan, warpgroup, smem, steps, position) -> jax.Array:
+def scaled_before(plan, warpgroup, smem, steps, position) -> tuple[jax.Array, ...]:
     """One long product of scaled weights; a stage is given back when the next one's first product is under way.
 
     wgmma reads its weights from registers while the next ones are unpacked, so that two sets of registers alternate:
@@ -47,9 +50,6 @@ def scaled_before(plan, warpgroup, smem, steps, position) -> jax.Array:
     c = plan.config
 
     def multiply(acc):
-        def release_before(at):
-            plgpu.barrier_arrive(smem["empty"].at[lax.rem(at - 1 + c.num_stages, jnp.int32(c.num_stages))])
-
         def stage(step, _):
             at = position + step
             slot = lax.rem(at, jnp.int32(c.num_stages))
@@ -59,14 +59,18 @@ def scaled_before(plan, warpgroup, smem, steps, position) -> jax.Array:
                 _multiply(plan, warpgroup, smem, slot, first_k, acc, offset, scale)
                 plgpu.wgmma_wait(1)
                 if first_k == 0:
-                    pl.when(step > 0)(lambda: release_before(at))
+                    pl.when(step > 0)(lambda: _release_before(plan, smem, at))
 
         lax.fori_loop(0, steps, stage, None)
         result = acc[...]
-        pl.when(steps > 0)(lambda: release_before(position + steps))
+        pl.when(steps > 0)(lambda: _release_before(plan, smem, position + steps))
         return result
 
-    return pl.run_scoped(multiply, plgpu.ACC((TILE, c.block_m), jnp.float32))
+    return (pl.run_scoped(multiply, plgpu.ACC((TILE, c.block_m), jnp.float32)),)
+
+
+def _zeros(plan) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros((TILE, plan.config.block_m), jnp.float32), plgpu.Layout.WGMMA)
 
 
 def _offset_and_scale(plan, warpgroup, smem, slot, group: int):
@@ -91,3 +95,61 @@ def _multiply(plan, warpgroup, smem, slot, first_k: int, acc, offset, scale):
         dtype=plan.x_dtype,
     )
     plgpu.wgmma(acc, weights, smem["x"].at[slot, :, pl.ds(first_k, plan.wgmma_k)].T)
+
+
+def exact(plan, warpgroup, smem, steps, position) -> tuple[jax.Array, ...]:
+    """int8: one long product in the accumulator; a stage is given back when the next one's product is under way."""
+    c = plan.config
+
+    def multiply(*accs):
+        def stage(step, _):
+            at = position + step
+            slot = lax.rem(at, jnp.int32(c.num_stages))
+            plgpu.barrier_wait(smem["full"].at[slot])
+            for i, acc in enumerate(accs):
+                _multiply_8_bit(plan, warpgroup, smem, slot, acc, i, slice(None))
+            plgpu.wgmma_wait(len(accs))
+            pl.when(step > 0)(lambda: _release_before(plan, smem, at))
+
+        lax.fori_loop(0, steps, stage, None)
+        plgpu.wgmma_wait(0)
+        pl.when(steps > 0)(lambda: _release_before(plan, smem, position + steps))
+        return tuple(acc[...] for acc in accs)
+
+    sums = pl.run_scoped(multiply, *[plgpu.ACC((TILE, c.block_m), jnp.int32)] * c.row_tiles)
+    return tuple(total.astype(jnp.float32) for total in sums)
+
+
+def promoted(plan, warpgroup, smem, steps, position) -> tuple[jax.Array, ...]:
+    """fp8: a product every 256 inputs at most, added to float32 totals: the tensor core keeps about 14 bits."""
+    c = plan.config
+    depth = min(DEEPEST, c.block_k)
+
+    def part(slot, i, first_k):
+        def multiply(acc):
+            _multiply_8_bit(plan, warpgroup, smem, slot, acc, i, pl.ds(first_k, depth))
+            return acc[...]
+
+        return pl.run_scoped(multiply, plgpu.ACC((TILE, c.block_m), jnp.float32))
+
+    def stage(step, totals):
+        slot = lax.rem(position + step, jnp.int32(c.num_stages))
+        plgpu.barrier_wait(smem["full"].at[slot])
+        for first_k in range(0, c.block_k, depth):
+            totals = tuple(total + part(slot, i, first_k) for i, total in enumerate(totals))
+        plgpu.barrier_arrive(smem["empty"].at[slot])
+        return totals
+
+    return lax.fori_loop(0, steps, stage, (_zeros(plan),) * c.row_tiles)
+
+
+def _multiply_8_bit(plan, warpgroup, smem, slot, acc, i: int, inputs):
+    """Issue `acc += W^T x^T` over the inputs of a stage, for the warpgroup's `i`-th 64 outputs."""
+    own = pl.ds((warpgroup * plan.config.row_tiles + i) * TILE, TILE)
+    plgpu.wgmma(acc, smem["weight"].at[slot, own, inputs], smem["x"].at[slot, :, inputs].T)
+
+
+def _release_before(plan, smem, at):
+    """Give back the stage before position `at`."""
+    stages = plan.config.num_stages
+    plgpu.barrier_arrive(smem["empty"].at[lax.rem(at - 1 + stages, jnp.int32(stages))])
