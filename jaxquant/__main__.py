@@ -159,13 +159,16 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _progress_bar() -> Callable[[int, int, str], None]:
     """A line on a terminal's stderr: bytes done, speed, the parameter at hand; nothing where it is no terminal."""
-    start = time.monotonic()
+    first: list[tuple[float, int]] = []  # when it began, and what was done before
 
     def show(done: int, total: int, path: str) -> None:
         if not sys.stderr.isatty():
             return
+        if not first:
+            first.append((time.monotonic(), done))
+        began, before = first[0]
         part = done / max(total, 1)
-        speed = done / max(time.monotonic() - start, 1e-9)
+        speed = (done - before) / max(time.monotonic() - began, 1e-9)
         bar = "#" * round(30 * part)
         end = "\n" if done >= total else ""
         line = f"{bar:<30} {part:6.1%}  {done / 1e9:.2f} of {total / 1e9:.2f} GB  {speed / 1e6:.0f} MB/s  {path}"

@@ -50,6 +50,12 @@ class Journal:
         self._noted = len(self.nodes), len(records), len(shards)
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[Shard | None] | None = None
+        self._writing_bytes = 0
+
+    def make_room(self, nbytes: float, limit: float) -> None:
+        """Waits for what is being written, unless it and `nbytes` more fit into the limit of memory together."""
+        if nbytes + self._writing_bytes > limit:
+            self._wait()
 
     def add(self, number: int, node: Any) -> None:
         """Notes a leaf whose arrays the writer has; now and then has everything written out."""
@@ -67,6 +73,7 @@ class Journal:
             "shards": {shard.name: shard.files for shard in self.writer.shards[shards:]},
         }
         self._noted = len(self.nodes), len(self.writer.records), len(self.writer.shards)
+        self._writing_bytes = self.writer.pending_bytes
         self._writing = self._pool.submit(_write, self._file, self.writer.detach(), line)
 
     def close(self) -> None:
@@ -83,7 +90,7 @@ class Journal:
     def _wait(self) -> None:
         if self._writing is None:
             return
-        shard, self._writing = self._writing.result(), None
+        shard, self._writing, self._writing_bytes = self._writing.result(), None, 0
         if shard is not None:
             nodes, records, _ = self._noted
             self.writer.shards.append(shard)

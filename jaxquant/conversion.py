@@ -9,7 +9,8 @@ import functools
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 
 from jaxquant._journal import Journal
 from jaxquant._manifest import decode_tree, encode_tree
+from jaxquant._mapped import forget_pages
 from jaxquant._quantize import quantize
 from jaxquant._rules import Assignment, assign
 from jaxquant._sources import Source, open_source, read_leaf
@@ -27,6 +29,10 @@ from jaxquant.interop._parts import join_outputs
 from jaxquant.interop.huggingface_write import Format, write_folder
 
 SLICE_BYTES = 1 << 25  # a larger weight is quantized by slices
+SLICES = 2  # read and quantized at a time
+MEMORY = 2  # largest leaves, above the base
+KEPT_COPIES = 1.1  # of a leaf that is kept
+QUANTIZED_COPIES = 1.75  # of one that is quantized: the leaf, its slices and its codes
 
 Progress = Callable[[int, int, str], None]
 
@@ -54,7 +60,8 @@ def convert(
         apply_fn: the float model to calibrate by, see `jaxquant.quantize`; for algorithms that need data.
         batches: its calibration inputs.
         overwrite: replaces the checkpoint at `dst`.
-        progress: called with (bytes done, bytes in all, path) after each leaf.
+        progress: called with (bytes done, bytes in all, path) after each leaf, and once at the start, without a path,
+            with what an interrupted conversion has done.
 
     Raises:
         FileNotFoundError: `src` does not exist.
@@ -72,10 +79,7 @@ def convert(
     chosen = _decide(source, config)
     key = f"{source.fingerprint} {config!r} {library_version()}"
     with contextlib.closing(Journal(staging_folder(target), key)) as journal:
-        for number, leaf in enumerate(source.leaves):
-            if number not in journal.nodes:
-                _convert_leaf(source, number, chosen[number], journal)
-            _report(progress, source, number, leaf.path)
+        _convert_leaves(source, chosen, journal, progress)
         journal.commit()
     tree = _fill(source.tree, journal.nodes)
     writer, config = journal.writer, config or source.config
@@ -86,9 +90,27 @@ def convert(
     shutil.rmtree(writer.folder, ignore_errors=True)
 
 
-def _report(progress: Progress | None, source: Source, number: int, path: str) -> None:
-    if progress is not None:
-        progress(sum(leaf.nbytes for leaf in source.leaves[: number + 1]), source.nbytes, path)
+def _convert_leaves(
+    source: Source, chosen: list[QuantConfig | None], journal: Journal, progress: Progress | None
+) -> None:
+    """Converts the leaves that the journal does not have."""
+    left = [number for number in range(len(source.leaves)) if number not in journal.nodes]
+    largest = max((leaf.nbytes for leaf in source.leaves), default=0)
+    for number in _reported(source, left, progress):
+        copies = KEPT_COPIES if chosen[number] is None else QUANTIZED_COPIES
+        journal.make_room(copies * source.leaves[number].nbytes, MEMORY * largest)
+        _convert_leaf(source, number, chosen[number], journal)
+
+
+def _reported(source: Source, numbers: Sequence[int], progress: Progress | None) -> Iterator[int]:
+    """The numbers of leaves to work on, with progress reported before the first and after each."""
+    done = source.nbytes - sum(source.leaves[number].nbytes for number in numbers)
+    show = progress or (lambda done, total, path: None)
+    show(done, source.nbytes, "")
+    for number in numbers:
+        yield number
+        done += source.leaves[number].nbytes
+        show(done, source.nbytes, source.leaves[number].path)
 
 
 def _decide(source: Source, config: QuantConfig | None) -> list[QuantConfig | None]:
@@ -108,10 +130,9 @@ def _alone(path: str, assignment: Assignment | None, config: QuantConfig) -> Qua
 
 
 def _convert_leaf(source: Source, number: int, config: QuantConfig | None, journal: Journal) -> None:
-    leaf = read_leaf(source, number)
     path = source.leaves[number].path
-    if config is not None:
-        leaf = _quantize_leaf(path, leaf, config)
+    kept = config is None
+    leaf = read_leaf(source, number) if kept else _quantize_leaf(path, read_leaf(source, number), config)
     journal.add(number, encode_tree(leaf, journal.writer.put, path))
 
 
@@ -125,10 +146,19 @@ def _quantize_leaf(path: str, leaf: Any, config: QuantConfig) -> Any:
     count = next(count for count in range(wanted, outputs + 1) if outputs % count == 0) if wanted <= outputs else 1
     if count == 1:
         return quantize({path: leaf}, config)[path]
-    width = outputs // count
-    starts = range(0, outputs, width)
-    parts = [quantize({path: leaf[..., start : start + width]}, config)[path] for start in starts]
-    return join_outputs(path, [jax.tree.map(np.asarray, part) for part in parts])
+    parts = _quantize_slices(path, leaf, config, outputs // count)
+    del leaf  # before its codes are joined
+    return join_outputs(path, parts)
+
+
+def _quantize_slices(path: str, leaf: Any, config: QuantConfig, width: int) -> list[Any]:
+    def quantize_slice(start: int) -> Any:
+        part = jax.tree.map(np.asarray, quantize({path: leaf[..., start : start + width]}, config)[path])
+        forget_pages(leaf)
+        return part
+
+    with ThreadPoolExecutor(SLICES) as pool:
+        return list(pool.map(quantize_slice, range(0, leaf.shape[-1], width)))
 
 
 class _Numbers:
@@ -162,7 +192,7 @@ def export(
         format: `"float"`, `"gptq"`, `"gptq_v2"`, `"awq"` or `"compressed-tensors"`.
         huggingface: the model's config.json; None takes the one that the checkpoint was converted from.
         modules: how the modules are called there; None takes the table of the config's `model_type`.
-        progress: called with (bytes done, bytes in all, path) after each leaf.
+        progress: see `convert`.
 
     Raises:
         FileNotFoundError: `src` does not exist.
@@ -179,6 +209,5 @@ def export(
 
 
 def _read_all(source: Source, progress: Progress | None) -> Iterator[tuple[str, Any]]:
-    for number, leaf in enumerate(source.leaves):
-        yield leaf.path, read_leaf(source, number)
-        _report(progress, source, number, leaf.path)
+    for number in _reported(source, range(len(source.leaves)), progress):
+        yield source.leaves[number].path, read_leaf(source, number)

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant._leaf import Leaf
+from jaxquant._mapped import contiguous
 from jaxquant._qarray import QArray
 from jaxquant.interop import bitsandbytes, compressed_tensors, hf_awq, hf_gptq
 from jaxquant.interop._json import read_json
@@ -247,4 +248,12 @@ def _stacked(leaves: list[tuple[Module, int, Leaf]]) -> Iterator[Leaf]:
 
 
 def _read_stack(path: str, parts: list[Leaf]) -> Any:
-    return stack_leaves(path, [part.read() for part in parts])
+    """Reads the parts of a stack: float ones into their places, one at a time."""
+    kinds = {None if part.abstract is None else (part.abstract.shape, part.abstract.dtype) for part in parts}
+    first = parts[0].abstract
+    if len(kinds) > 1 or first is None:
+        return stack_leaves(path, [part.read() for part in parts])
+    stacked = np.empty((len(parts), *first.shape), first.dtype)
+    for place, part in enumerate(parts):
+        stacked[place] = contiguous(part.read())
+    return stacked

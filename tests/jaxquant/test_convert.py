@@ -223,7 +223,7 @@ KILLED = """
 def test_a_killed_conversion_leaves_nothing_and_goes_on(tmp_path, rng, monkeypatch):
     params = random_params(rng)
     save_huggingface(tmp_path / "hf", params, CONFIG, format="float")
-    assert run_python(KILLED, tmp_path / "hf", tmp_path / "out", 6).returncode == 9
+    assert run_python(KILLED, tmp_path / "hf", tmp_path / "out", 7).returncode == 9
     assert not (tmp_path / "out").exists()
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "out")

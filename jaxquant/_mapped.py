@@ -1,0 +1,48 @@
+"""Arrays that lie in memory-mapped files: turned into row order, and their memory given back."""
+
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+_BLOCK = 128  # columns turned at a time: what a cache holds of them
+_RUN = 16 * _BLOCK  # columns after which the pages read are given back
+_THREADS = 2  # while one waits for the disk, the other copies
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in row order.
+
+    Args:
+        array: of any layout; a matrix that lies in a file by columns, as kernels of other libraries do, is turned by
+            blocks, several at a time, and holds no more of the file's memory than these take.
+
+    Returns:
+        The array itself where it is in row order already, else a copy.
+
+    >>> contiguous(np.ones((2, 3)).T).flags.c_contiguous
+    True
+    """
+    if array.ndim != 2 or not array.T.flags.c_contiguous or array.dtype.kind == "c":
+        return np.ascontiguousarray(array).reshape(array.shape)
+    plain = array.view(f"u{array.dtype.itemsize}")  # NumPy copies its own types faster than bfloat16
+    turned = np.empty(plain.shape, plain.dtype)
+
+    def turn(first: int) -> None:
+        for start in range(first, min(first + _RUN, plain.shape[1]), _BLOCK):
+            turned[:, start : start + _BLOCK] = plain[:, start : start + _BLOCK]
+        forget_pages(array)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(turn, range(0, plain.shape[1], _RUN)))
+    return turned.view(array.dtype)
+
+
+def forget_pages(array: Any) -> None:
+    """Gives back the memory that reading a mapped file has taken; what is read again comes from the file again."""
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
