@@ -38,12 +38,14 @@ from pallas_kernels.attention.registers import (
     MAGIC_BITS,
     PER_COLUMN,
     PER_ROW,
+    QUAD_COLUMNS,
     TILE,
     along_columns,
     along_rows,
     largest_of_columns,
     repeat_columns,
     round_to_operand,
+    sum_of_columns,
 )
 
 LOWEST_MAXIMUM = -1e30  # finite, so that a row of masked scores gives weights of 0 and not NaN
@@ -189,7 +191,7 @@ def _kernel(
             shift = shift - along_rows(new_maximum, shift)
             p = jnp.exp2(x * repeat_columns(step_size, block) + repeat_columns(shift, block))
             decay = jnp.exp2(maximum - new_maximum)
-            return p, decay, new_maximum, total * decay + jnp.sum(p, axis=1)
+            return p, decay, new_maximum, total * along_rows(decay, total) + sum_of_columns(p)
 
         def multiply_values(tile, p, decay, acc, total):
             """Adds P V of one tile to the decayed sum."""
@@ -248,7 +250,8 @@ def _kernel(
             return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), PER_ROW)
 
         acc = plgpu.layout_cast(jnp.zeros((ROWS, q_ref.shape[3]), jnp.float32), TILE)
-        carry = acc, per_row(LOWEST_MAXIMUM), per_row(0.0), key_scales(begin)
+        total = plgpu.layout_cast(jnp.zeros((ROWS, QUAD_COLUMNS), jnp.float32), TILE)  # summed over a row at the end
+        carry = acc, per_row(LOWEST_MAXIMUM), total, key_scales(begin)
         if config.overlap:
             first_slot = wait_for_keys(begin)
             first = _product(lambda ref: issue_keys(ref, first_slot), (ROWS, block), scores_dtype)
@@ -261,6 +264,7 @@ def _kernel(
         if full_end is not end:
             carry = lax.fori_loop(full_end, end, functools.partial(advance, True), carry)
         acc, _, total, _ = carry[-4:]
+        total = jnp.sum(total, axis=1)
         if config.ping_pong:
             pl.when(group == 0)(lambda: _pass_turn(turn))
 

@@ -46,18 +46,27 @@ def repeat_columns(x, columns: int):
 
 def largest_of_columns(x):
     """The maxima [rows, 8] of x [rows, columns] over columns that are equal modulo 8: no lane asks another."""
+    return _fold_columns(x, arith.maximumf)
+
+
+def sum_of_columns(x):
+    """The sums [rows, 8] of x [rows, columns] over columns that are equal modulo 8: no lane asks another."""
+    return _fold_columns(x, arith.addf)
+
+
+def _fold_columns(x, combine):
     shape = (x.shape[0], QUAD_COLUMNS)
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, TILE))
-    def largest(ctx, x):
+    def fold(ctx, x):
         registers = x.registers[:, :1].copy()
         for block in range(1, x.registers.shape[1]):
             for index in np.ndindex(registers.shape):
                 here = (index[0], block, *index[2:])
-                registers[index] = arith.maximumf(registers[index], x.registers[here])
+                registers[index] = combine(registers[index], x.registers[here])
         return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
-    return largest(x)  # pyright: ignore[reportCallIssue]
+    return fold(x)  # pyright: ignore[reportCallIssue]
 
 
 _ROUND_TO_E4M3 = (
