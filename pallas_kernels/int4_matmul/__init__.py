@@ -1,4 +1,4 @@
-"""int4 weights times 16-bit activations."""
+"""int4 weights times 16-bit activations, or times the int8 or float8_e4m3fn codes of activations."""
 
 import functools
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Int4Weight(NamedTuple):
     """One weight of `int4_matmul_many`; its fields are those of `int4_matmul`.
 
     Attributes:
-      qweight: `[ceil(N / 64), ceil(K / 64), 2, 256]` int32, from `pack`.
+      qweight: `[ceil(N / 64), ceil(K / 64), 2, 256]` int32, from `pack` for activations of x's bytes.
       scale: `[K / group, N]`.
       zero_point: like `scale`, or None.
       bias: `[N]`, or None.
@@ -49,31 +49,38 @@ def int4_matmul(
     scale: jax.Array,
     zero_point: jax.Array | None = None,
     *,
+    x_scale: jax.Array | None = None,
     pre_scale: jax.Array | None = None,
     bias: jax.Array | None = None,
+    out_dtype=None,
     implementation: Implementation | None = None,
     config: Config | None = None,
 ) -> jax.Array:
     """Multiply activations by an int4 weight: `(x * pre_scale) @ ((code - zero_point) * scale) + bias`.
 
-    Sums are float32. Differentiable in everything but the codes; under `vmap` tokens fold into one product, and
-    weights are taken one after another.
+    Sums are float32; those of 8-bit codes x are exact (int8) or promoted out of the tensor core every 256 inputs at
+    most (fp8) over each group of inputs. Differentiable in everything but codes; under `vmap` tokens fold into one
+    product, and weights are taken one after another.
 
     Args:
-      x: `[..., K]` bfloat16 or float16.
-      qweight: `[ceil(N / 64), ceil(K / 64), 2, 256]` int32, from `pack`.
+      x: `[..., K]` bfloat16 or float16, or int8 or float8_e4m3fn codes with an `x_scale` (see `activation_quant`).
+      qweight: `[ceil(N / 64), ceil(K / 64), 2, 256]` int32, from `pack` for activations of x's bytes.
       scale: `[K / group, N]`, any sign; one row for per-channel scales.
       zero_point: like `scale`, in the units of the codes (-8..7), whole numbers.
-      pre_scale: `[K]`; x is multiplied by it first.
+      x_scale: `[..., 1]` float32 of codes x, a token or with ones for x's leading dimensions; the result is multiplied
+        by it.
+      pre_scale: `[K]`; a floating x is multiplied by it first.
       bias: `[N]`.
+      out_dtype: of a product of codes: bfloat16 (the default), float16 or float32.
       implementation: "mosaic_gpu" (the Hopper kernel; never falls back), "xla", or None: the kernel on a CUDA device
         if it takes the problem, else "xla"; decided when the program is lowered for its platform.
       config: the kernel's configuration; by default what was tuned for a problem like it, else a cost model's choice.
 
     Returns:
-      `[..., N]` in x's dtype.
+      `[..., N]` in x's dtype, of codes in out_dtype.
 
     Raises:
+      TypeError: for codes without `x_scale`, or another dtype with it.
       ValueError: for operands whose shapes do not fit.
       NotImplementedError: if `implementation="mosaic_gpu"` and the kernel cannot take the problem.
 
@@ -84,14 +91,17 @@ def int4_matmul(
     ((2, 64), 64.0)
     """
     weight = Int4Weight(qweight, scale, zero_point, bias)
-    return int4_matmul_many(x, [weight], pre_scale=pre_scale, implementation=implementation, config=config)[0]
+    options = {"x_scale": x_scale, "pre_scale": pre_scale, "out_dtype": out_dtype}
+    return int4_matmul_many(x, [weight], implementation=implementation, config=config, **options)[0]
 
 
 def int4_matmul_many(
     x: jax.Array,
     weights: Sequence[Int4Weight],
     *,
+    x_scale: jax.Array | None = None,
     pre_scale: jax.Array | None = None,
+    out_dtype=None,
     implementation: Implementation | None = None,
     config: Config | None = None,
 ) -> list[jax.Array]:
@@ -101,16 +111,19 @@ def int4_matmul_many(
     small weights share its cost. Nothing is copied: the weights stay where they are.
 
     Args:
-      x: `[..., K]` bfloat16 or float16.
+      x: `[..., K]` as for `int4_matmul`.
       weights: alike in K, in the groups and dtype of their scales, and in having zero points or not.
-      pre_scale: `[K]`; x is multiplied by it first.
-      implementation: as for `int4_matmul`.
+      x_scale: as for `int4_matmul`, like pre_scale, out_dtype and implementation.
+      pre_scale: `[K]`.
+      out_dtype: of a product of codes.
+      implementation: the kernel or XLA.
       config: the kernel's configuration; by default that of one weight with all their outputs.
 
     Returns:
-      `[..., N]` in x's dtype for each weight.
+      `[..., N]` for each weight, in x's dtype, of codes in out_dtype.
 
     Raises:
+      TypeError: for codes without `x_scale`, or another dtype with it.
       ValueError: for operands whose shapes do not fit, or weights that are not alike.
       NotImplementedError: if `implementation="mosaic_gpu"` and the kernel cannot take the problem.
 
@@ -124,6 +137,7 @@ def int4_matmul_many(
         _check(x, *weight)
     if len({(w.scale.shape[0], w.scale.dtype, w.zero_point is None) for w in weights}) != 1:
         raise ValueError("int4_matmul_many: the weights differ in the groups or dtype of scales, or in zero points")
+    _check_codes(x, x_scale, pre_scale, out_dtype)
     if pre_scale is not None:
         if pre_scale.shape != x.shape[-1:]:
             raise ValueError(f"pre_scale has shape {pre_scale.shape}, expected {x.shape[-1:]}")
@@ -146,7 +160,11 @@ def int4_matmul_many(
         raise NotImplementedError(f"int4_matmul: {reason}")
     elif implementation not in (None, "mosaic_gpu", "xla"):
         raise ValueError(f"implementation={implementation!r}; accepted are 'mosaic_gpu', 'xla' and None")
-    outs = _multiply_jit(implementation, config, x.reshape(-1, k), padded)
+    rows = x.reshape(-1, k)
+    if x_scale is not None:
+        x_scale = jnp.broadcast_to(x_scale.astype(jnp.float32), (*x.shape[:-1], 1)).reshape(-1, 1)
+    call = _Call(implementation, config, jnp.dtype(out_dtype or (x.dtype if x_scale is None else jnp.bfloat16)))
+    outs = _multiply_jit(call, (rows, x_scale), padded)
     cuts = [(out.shape[1], weight.scale.shape[1]) for out, weight in zip(outs, weights, strict=True)]
     return [out.reshape(*x.shape[:-1], held)[..., :n] for out, (held, n) in zip(outs, cuts, strict=True)]
 
@@ -181,49 +199,79 @@ def _check(x, qweight, scale, zero_point, bias):
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _multiply(implementation, config, x, weights):
-    """`[M, K]` to `[M, N]` for each weight, all padded; the differentiable and batchable core."""
-    return _batchable(implementation, config)(x, weights)
+def _check_codes(x, x_scale, pre_scale, out_dtype):
+    """Refuse codes without their scale, and what goes with codes only."""
+    if (x.dtype in (jnp.int8, jnp.float8_e4m3fn)) != (x_scale is not None):
+        raise TypeError(f"x is {x.dtype} {'with' if x_scale is not None else 'without'} x_scale; int8 and "
+                        "float8_e4m3fn codes come with theirs, bfloat16 and float16 without")  # fmt: skip
+    if x_scale is None:
+        if out_dtype is not None and jnp.dtype(out_dtype) != x.dtype:
+            raise TypeError(f"out_dtype={jnp.dtype(out_dtype).name}; the product of {x.dtype} has x's dtype")
+        return
+    if x_scale.shape not in ((*x.shape[:-1], 1), (1,) * x.ndim):
+        raise ValueError(f"x_scale has shape {x_scale.shape}, expected {(*x.shape[:-1], 1)} or all ones")
+    if pre_scale is not None:
+        raise ValueError("pre_scale with codes x; multiply by it before quantizing (activation_quant's pre_scale)")
+    if jnp.dtype(out_dtype or jnp.bfloat16) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise TypeError(f"out_dtype={jnp.dtype(out_dtype).name}; accepted are bfloat16, float16 and float32")
 
 
-def _multiply_forward(implementation, config, x, weights):
-    return _multiply(implementation, config, x, weights), (x, weights)
+class _Call(NamedTuple):
+    """The static part of one call."""
+
+    implementation: Implementation | None
+    config: Config | None
+    out_dtype: jnp.dtype
 
 
-def _multiply_backward(implementation, config, residuals, cotangents):
-    del implementation, config
-    x, weights = residuals
-    _, vjp = jax.vjp(
-        lambda x, floats: tuple(int4_matmul_reference(x, w.qweight, *f) for w, f in zip(weights, floats, strict=True)),
-        x,
-        tuple(weight[1:] for weight in weights),
-    )
-    dx, slopes = vjp(cotangents)
-    return dx, tuple(Int4Weight._make((None, *slope)) for slope in slopes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(call, rows, weights):
+    """`[M, K]` (and its scale `[M, 1]` or None) to `[M, N]` for each weight, all padded: differentiable, batchable."""
+    return _batchable(call)(rows, weights)
+
+
+def _multiply_forward(call, rows, weights):
+    return _multiply(call, rows, weights), (rows, weights)
+
+
+def _multiply_backward(call, residuals, cotangents):
+    (x, x_scale), weights = residuals
+    floating = x if x_scale is None else x_scale
+
+    def product(floating, floats):
+        rows = (floating, None) if x_scale is None else (x, floating)
+        return _reference(call.out_dtype, rows, [(w.qweight, *f) for w, f in zip(weights, floats, strict=True)])
+
+    _, vjp = jax.vjp(product, floating, tuple(weight[1:] for weight in weights))
+    slope, slopes = vjp(cotangents)
+    rows = (slope, None) if x_scale is None else (None, slope)
+    return rows, tuple(Int4Weight._make((None, *slope)) for slope in slopes)
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
 # A model calls the same product in every layer: traced and lowered once.
-_multiply_jit = jax.jit(_multiply, static_argnums=(0, 1))
+_multiply_jit = jax.jit(_multiply, static_argnums=0)
 
 
 @functools.cache
-def _batchable(implementation, config):
+def _batchable(call):
     """The product with its vmap rule: batched tokens fold into M, batched weights are mapped over."""
 
     @jax.custom_batching.custom_vmap
-    def product(x, weights):
-        return _dispatch(implementation, config, x, weights)
+    def product(rows, weights):
+        return _dispatch(call, rows, weights)
 
     @product.def_vmap
-    def batched(axis_size, in_batched, x, weights):
+    def batched(axis_size, in_batched, rows, weights):
         every = [True] * len(weights)
-        if not any(jax.tree.leaves(in_batched[1])):
-            outs = product(x.reshape(-1, x.shape[-1]), weights)
-            return tuple(out.reshape(axis_size, -1, out.shape[-1]) for out in outs), tuple(every)
-        leaves, tree = jax.tree.flatten((x, weights))
+        leaves, tree = jax.tree.flatten((rows, weights))
         flags = jax.tree.leaves(in_batched)
+        if not any(jax.tree.leaves(in_batched[1])):
+            whole = [a if flag else jnp.broadcast_to(a, (axis_size, *a.shape)) for a, flag in zip(rows, in_batched[0],
+                     strict=True) if a is not None]  # fmt: skip
+            folded = [a.reshape(-1, a.shape[-1]) for a in whole]
+            outs = product((*folded, None)[:2], weights)
+            return tuple(out.reshape(axis_size, -1, out.shape[-1]) for out in outs), tuple(every)
         mapped = [leaf if flag else None for leaf, flag in zip(leaves, flags, strict=True)]
 
         def one(slices):
@@ -235,18 +283,24 @@ def _batchable(implementation, config):
     return product
 
 
-def _dispatch(implementation, config, x, weights):
+def _dispatch(call, rows, weights):
     """Run the named implementation, or the one for the platform that the program is lowered for."""
-    if implementation == "xla" or x.shape[0] == 0:
-        return _reference(x, weights)
-    (m, k), head = x.shape, weights[0]
+    x, head, xla = rows[0], weights[0], functools.partial(_reference, call.out_dtype)
+    if call.implementation == "xla" or x.shape[0] == 0:
+        return xla(rows, weights)
     n, groups = sum(weight.scale.shape[1] for weight in weights), head.scale.shape[0]
-    chosen = config or default_config(m, k, n, groups, x.dtype, head.zero_point is not None, head.scale.dtype)
-    kernel = functools.partial(int4_matmul_mosaic_gpu, config=chosen)
-    if implementation == "mosaic_gpu":
-        return kernel(x, weights)
-    return jax.lax.platform_dependent(x, weights, cuda=kernel, default=_reference)
+    zero = head.zero_point is not None
+    config = call.config or default_config(*x.shape, n, groups, x.dtype, zero, head.scale.dtype)
+
+    def kernel(rows, weights):
+        x, x_scale = rows
+        x_scale = None if x_scale is None else x_scale.reshape(-1)
+        return int4_matmul_mosaic_gpu(x, weights, x_scale, out_dtype=call.out_dtype, config=config)
+
+    if call.implementation == "mosaic_gpu":
+        return kernel(rows, weights)
+    return jax.lax.platform_dependent(rows, weights, cuda=kernel, default=xla)
 
 
-def _reference(x, weights):
-    return tuple(int4_matmul_reference(x, *weight) for weight in weights)
+def _reference(out_dtype, rows, weights):
+    return tuple(int4_matmul_reference(*rows, *weight, out_dtype=out_dtype) for weight in weights)

@@ -14,6 +14,8 @@ from pallas_kernels.int4_matmul.layout import TILE
 HOPPER_SMS = 132
 FEW_TOKENS = 64  # up to here the product is bound by memory, and its tile holds every token
 SHARED_MEMORY_BYTES = 232448 - 1024  # less barriers and alignment
+LARGEST_INT8_GROUP = 2**31 // (16 * 8 * 128)  # of codes times 16
+DEEPEST_FP8 = 256  # inputs that the fp8 tensor core sums by itself: it keeps about 14 bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,17 +55,20 @@ class Config:
         """Pieces of a tile's tokens that different blocks of a cluster add up."""
         return max(q for q in range(1, self.split_k + 1) if self.block_m % (8 * q) == 0)
 
-    def shared_memory_bytes(self, group_size: int, has_zero_point: bool, scale_bytes: int = 2) -> int:
-        """Shared memory that a launch takes, for 16-bit x and scales (and zero points) of `scale_bytes`."""
+    def shared_memory_bytes(self, group_size: int, has_zero_point: bool, scale_bytes: int = 2, x_bytes: int = 2) -> int:
+        """Shared memory that a launch takes: x of `x_bytes`, scales (and zero points) of `scale_bytes`."""
         rows = max(1, self.block_k // group_size)
         stage = (
-            self.block_m * self.block_k * 2
+            self.block_m * self.block_k * x_bytes
             + self.block_n * self.block_k // 2
             + rows * self.block_n * scale_bytes * (1 + has_zero_point)
         )
         chunk = self.block_m // self.chunks
         partial = self.num_warpgroups * (self.split_k - 1) * TILE * chunk * 4
-        return self.num_stages * stage + partial + self.num_warpgroups * 2 * min(chunk, 64) * TILE * 2
+        out = 2 * min(chunk, 64) * TILE * 2
+        if x_bytes == 1:
+            out += 4 * max(self.block_m, 32)  # and the scales of the tokens
+        return self.num_stages * stage + partial + self.num_warpgroups * out
 
 
 def supports(
@@ -82,13 +87,14 @@ def supports(
       k: inputs.
       n: outputs, padded to 64 at pack time.
       num_groups: groups of inputs that share a scale (1 for per-channel).
-      dtype: of x.
+      dtype: of x; int8 and float8_e4m3fn for its codes.
       config: a configuration to check with it.
       has_zero_point: whether there are zero points.
       scale_dtype: of the scales.
     """
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"x is {jnp.dtype(dtype).name}; the kernel takes bfloat16 or float16"
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn):
+        return f"x is {dtype.name}; the kernel takes bfloat16 or float16, or codes in int8 or float8_e4m3fn"
     if jnp.dtype(scale_dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"scales are {jnp.dtype(scale_dtype).name}; the kernel takes bfloat16, float16 or float32"
     if n % TILE:
@@ -96,19 +102,30 @@ def supports(
     group_size = k // num_groups
     if num_groups > 1 and group_size != 32 and group_size % 64:
         return f"groups of {group_size} inputs; the kernel takes 32, a multiple of 64, or one group"
+    if dtype.itemsize == 1 and num_groups > 1 and group_size % 64:
+        return f"groups of {group_size} inputs; with 8-bit activations the kernel takes multiples of 64, or one group"
+    if dtype.itemsize == 1 and has_zero_point:
+        return "zero points with 8-bit activations: a code less its zero point does not fit the operand's 4 bits"
+    if dtype == jnp.int8 and group_size > LARGEST_INT8_GROUP:
+        return f"{group_size} inputs share a scale; int32 sums hold {LARGEST_INT8_GROUP}"
     if config is None:
         return None
     if num_groups > 1 and group_size % config.block_k and config.block_k % group_size:
         return f"block_k = {config.block_k} and groups of {group_size} do not divide one another"
-    if not config.scale_after and config.block_k < 2 * products_k(config.block_k, group_size):
-        return f"block_k = {config.block_k} is one product; scaling before it takes two, which alternate registers"
+    if dtype.itemsize == 1 and not config.scale_after:
+        return "scale_after = False with 8-bit activations, which meet codes that are not scaled"
+    long = not config.scale_after or (dtype == jnp.int8 and num_groups == 1)
+    if long and config.block_k < 2 * products_k(config.block_k, group_size, dtype.itemsize):
+        return f"block_k = {config.block_k} is one product; a long sum takes two a stage, which alternate registers"
+    if dtype == jnp.float8_e4m3fn and min(config.block_k, group_size) > DEEPEST_FP8:
+        return f"sums of {min(config.block_k, group_size)} fp8 products, whose accumulator is good for {DEEPEST_FP8}"
     if -(-n // config.block_n) % config.multicast:
         return f"multicast = {config.multicast} does not divide the {-(-n // config.block_n)} output tiles"
     if config.blocks_per_sm > 1 and (config.num_warpgroups > 1 or config.block_m * config.blocks_per_sm > 64):
         return (
             f"{config.blocks_per_sm} blocks of {config.num_warpgroups} warpgroups by {config.block_m} tokens on an SM"
         )
-    used = config.shared_memory_bytes(group_size, has_zero_point, jnp.dtype(scale_dtype).itemsize)
+    used = config.shared_memory_bytes(group_size, has_zero_point, jnp.dtype(scale_dtype).itemsize, dtype.itemsize)
     room = SHARED_MEMORY_BYTES // config.blocks_per_sm - 1024 * (config.blocks_per_sm - 1)
     if used > room:
         return f"{used} bytes of shared memory, at most {room}"
@@ -119,7 +136,9 @@ def candidates(
     m: int, k: int, n: int, num_groups: int, dtype=jnp.bfloat16, has_zero_point: bool = False, scale_dtype=jnp.bfloat16
 ) -> list[Config]:
     """The configurations worth trying for a problem."""
-    few = m <= FEW_TOKENS
+    few, codes = m <= FEW_TOKENS, jnp.dtype(dtype).itemsize == 1
+    if codes and not few:
+        return _candidates_for_codes(m, k, n, num_groups, dtype, scale_dtype)
     block_ks, warpgroups = ((256, 512), (1, 2, 3, 4)) if few else ((128,), (2,))
     # Blocks of a cluster: those that split K, those that share x.
     clusters = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 1, 1)]
@@ -129,7 +148,7 @@ def candidates(
         block_ks += (128,)
     configs = []
     cuts = [(*cut, few) for cut in itertools.product(_token_tiles(m), block_ks, warpgroups, clusters)]
-    if few:  # and weights scaled before the product, so that it runs under the next unpacking
+    if few and not codes:  # and weights scaled before the product, so that it runs under the next unpacking
         cuts += [(*cut, False) for cut in itertools.product(_token_tiles(m), (128, 256), (1, 2), clusters[:3])]
     for block_m, block_k, count, (split, peers, blocks), scale_after in cuts:
         if count == 4 and block_m == 64:  # 96 registers at launch do not hold its accumulators: it spills
@@ -154,6 +173,30 @@ def candidates(
     return configs
 
 
+def _candidates_for_codes(m: int, k: int, n: int, num_groups: int, dtype, scale_dtype) -> list[Config]:
+    """The configurations worth trying for many tokens of 8 bits."""
+    whole = jnp.dtype(dtype) == jnp.int8 and num_groups == 1
+    cuts = itertools.product((128, 256) if whole and m > 128 else (128,), (256, 128), (1, 2), (1, 2), (8, 16))
+    configs = []
+    for block_m, block_k, split, peers, width in cuts:
+        if split > 1 and m > 512:
+            continue
+        cut = Config(
+            block_m=block_m,
+            block_k=block_k,
+            num_stages=1,
+            num_warpgroups=2,
+            split_k=split,
+            multicast=peers,
+            scale_after=True,
+            snake_width=width,
+        )
+        takes = functools.partial(supports, k, n, num_groups, dtype, scale_dtype=scale_dtype)
+        depths = [s for s in range(2, 9) if takes(config=dataclasses.replace(cut, num_stages=s)) is None]
+        configs += [dataclasses.replace(cut, num_stages=s) for s in depths[-1:]]
+    return configs
+
+
 def _token_tiles(m: int) -> list[int]:
     """Tokens a tile may hold: all of them while they are few."""
     if m <= FEW_TOKENS:
@@ -170,20 +213,23 @@ def default_config(
       NotImplementedError: if no configuration takes the problem.
     """
     takes = functools.partial(supports, k, n, num_groups, dtype, has_zero_point=has_zero_point, scale_dtype=scale_dtype)
-    tuned = _nearest_tuned(m, k, n)
+    codes = jnp.dtype(dtype).itemsize == 1
+    tuned = None if codes and m > FEW_TOKENS else _nearest_tuned(m, k, n)
     if tuned is not None:
+        tuned = dataclasses.replace(tuned, scale_after=codes or tuned.scale_after)
         for stages in range(tuned.num_stages, 1, -1):  # Other groups, zero points and tokens need other room.
             config = dataclasses.replace(tuned, num_stages=stages)
             if takes(config=config) is None:
                 return config
     # The other forms are for problems that they were tuned on.
     usual = candidates(m, k, n, num_groups, dtype, has_zero_point, scale_dtype)
-    fitting = [c for c in usual if c.blocks_per_sm == 1 and c.scale_after == (m <= FEW_TOKENS)]
+    fitting = [c for c in usual if c.blocks_per_sm == 1 and c.scale_after == (codes or m <= FEW_TOKENS)]
     if not fitting:
         raise NotImplementedError(
             f"int4_matmul has no Hopper configuration for M={m}, K={k}, N={n}, {num_groups} groups"
         )
-    return min(fitting, key=lambda c: predicted_microseconds(c, m, k, n))
+    predicted = predicted_microseconds_of_codes if codes and m > FEW_TOKENS else predicted_microseconds
+    return min(fitting, key=lambda c: predicted(c, m, k, n))
 
 
 def _nearest_tuned(m: int, k: int, n: int) -> Config | None:
@@ -236,9 +282,22 @@ def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
     return 1.9 + waves * (crowding * max(copy, compute) + 1.8 + 0.9 * (c.split_k > 1))
 
 
-def products_k(block_k: int, group_size: int) -> int:
-    """Inputs of one product: a tile of the layout, or the part of it that shares a scale."""
-    return min(block_k, group_size, TILE)
+def predicted_microseconds_of_codes(config: Config, m: int, k: int, n: int) -> float:
+    """A guess for many 8-bit tokens: the longest of memory, the L2 cache and the products, and steps."""
+    c = config
+    m_tiles, n_tiles = math.ceil(m / c.block_m), math.ceil(n / c.block_n)
+    waves = math.ceil(m_tiles * n_tiles / c.multicast / num_clusters(c.split_k * c.multicast))
+    steps = math.ceil(math.ceil(k / c.block_k) / c.split_k)
+    fetched = c.block_k * (c.block_m / c.multicast + c.block_n / 2)
+    memory = k * n / 2 / 4.3e6
+    products = waves * steps * c.block_m * c.block_n * c.block_k / 5.8e6
+    cache = max(waves * steps * fetched / 119e3, m_tiles * n_tiles * c.split_k * steps * fetched / 10.8e6)
+    return 2.7 + max(memory, cache, products) + waves * (1.5 + 0.02 * steps + 1.0 * (c.split_k > 1))
+
+
+def products_k(block_k: int, group_size: int, x_bytes: int = 2) -> int:
+    """Inputs of one product: 128 bytes of a token, or the part of them that shares a scale."""
+    return math.gcd(block_k, group_size, 2 * TILE // x_bytes)
 
 
 def num_clusters(size: int, blocks_per_sm: int = 1, num_sms: int = HOPPER_SMS) -> int:

@@ -26,12 +26,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._cluster_sum import add_over_cluster
 from pallas_kernels.int4_matmul.config import Config, num_clusters, products_k
-from pallas_kernels.int4_matmul.layout import CODE_OFFSET, TILE
-from pallas_kernels.int4_matmul.operand import MAGIC, ROWS, unpack_int4
+from pallas_kernels.int4_matmul.layout import TILE
+from pallas_kernels.int4_matmul.operand import COLUMNS, ROWS
+from pallas_kernels.int4_matmul.products import product_of
 
 # Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at
 # launch (168, 128, 96) pays for what the others take, in steps of 8.
@@ -39,23 +40,30 @@ _COMPUTE_REGISTERS = {2: 232, 3: 152, 4: 112}
 _COPY_REGISTERS = {2: 40, 3: 40, 4: 24}
 
 
-def int4_matmul_mosaic_gpu(x, weights, *, config: Config) -> tuple[jax.Array, ...]:
+def int4_matmul_mosaic_gpu(x, weights, x_scale=None, *, out_dtype=None, config: Config) -> tuple[jax.Array, ...]:
     """Launch the kernel once: `x` `[M, K]` times each weight `(qweight, scale, zero_point | None, bias | None)`.
 
-    The weights have the same groups and the same dtype of scales, and all or none of them zero points.
+    The weights have the same groups and the same dtype of scales, and all or none of them zero points. 8-bit codes x
+    come with `x_scale` `[M]` float32.
 
     Returns:
-      `[M, N padded to 64]` for each weight.
+      `[M, N padded to 64]` in `out_dtype` (by default x's) for each weight.
     """
     tokens, k = x.shape
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
     num_groups = weights[0][1].shape[0]
-    if tokens > 8 or k % TILE:  # The copy engine addresses x in tiles of 8 rows by 64 (groups of 32: by 32) inputs.
-        depth = TILE if num_groups == 1 else min(TILE, k // num_groups)
-        x = jnp.pad(x, ((0, -tokens % 8 if tokens > 8 else 0), (0, -k % depth)))
-    plan = _Plan(x, weights, config)
+    # The copy engine addresses x in tiles of 8 rows by 64 (groups of 32: by 32) inputs, and 32-bit results, whose rows
+    # the tokens lie along, in tiles of up to 32 columns.
+    depth = TILE if num_groups == 1 else min(TILE, k // num_groups)
+    rows = -tokens % 8 if tokens > 8 else 0
+    if out_dtype.itemsize == 4:
+        rows = -tokens % (32 if tokens > 32 else 8)
+    if rows or k % depth:
+        x = jnp.pad(x, ((0, rows), (0, -k % depth)))
+    plan = _Plan(x, weights, out_dtype, config)
     kernel = plgpu.kernel(
         functools.partial(_body, plan, jax.tree.structure(weights)),
-        out_type=[jax.ShapeDtypeStruct((x.shape[0], qweight.shape[0] * TILE), x.dtype) for qweight, *_ in weights],
+        out_type=[plan.out_type(x.shape[0], qweight.shape[0] * TILE) for qweight, *_ in weights],
         grid=(plan.num_clusters,),
         grid_names=("tile",),
         cluster=(config.split_k, config.multicast),
@@ -64,19 +72,27 @@ def int4_matmul_mosaic_gpu(x, weights, *, config: Config) -> tuple[jax.Array, ..
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    outs = kernel(x, *jax.tree.leaves(weights))
+    outs = kernel(x, *jax.tree.leaves(weights), *([] if x_scale is None else [x_scale]))
+    outs = [out.T if plan.transposed_out else out for out in outs]
     return tuple(out if x.shape[0] == tokens else out[:tokens] for out in outs)
 
 
 class _Plan:
     """The static geometry of one launch."""
 
-    def __init__(self, x, weights, config):
+    def __init__(self, x, weights, out_dtype, config):
         m, k = x.shape
         _, scale, zero_point, _ = weights[0]
         num_groups = scale.shape[0]
         self.config, self.dtype, self.scale_dtype = config, x.dtype, scale.dtype
-        self.has_zero_point = zero_point is not None
+        self.has_zero_point, self.out_dtype = zero_point is not None, out_dtype
+        self.x_bytes, self.grouped = x.dtype.itemsize, num_groups > 1
+        self.acc_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+        self.code_factor = 16.0 if x.dtype == jnp.int8 else 1.0  # what `unpack_int4_bytes` multiplies codes by
+        # A channel's scale of 8-bit products waits for the result.
+        self.ring_scales = self.x_bytes == 2 or self.grouped
+        # 32-bit registers do not transpose into shared memory without bank conflicts.
+        self.transposed_out = out_dtype.itemsize == 4
         # The output tiles of all weights are numbered through; a tile belongs to one.
         counts = [pl.cdiv(qweight.shape[0], config.num_warpgroups) for qweight, *_ in weights]
         self.first_tiles = list(itertools.accumulate(counts[:-1], initial=0))
@@ -86,16 +102,20 @@ class _Plan:
         self.scale_rows = max(1, config.block_k // self.group_size)
         # Inputs that share a scale inside a stage, and inputs of one call of wgmma.
         self.group_k = min(self.group_size, config.block_k)
-        self.wgmma_k = products_k(config.block_k, self.group_size)
+        self.wgmma_k = products_k(config.block_k, self.group_size, self.x_bytes)
         self.chunks = config.chunks
         self.chunk_m = config.block_m // config.chunks
         self.piece_m = min(self.chunk_m, 64)
-        self.stagings = min(2, self.chunk_m // self.piece_m)
+        self.stagings = 1 if self.transposed_out else min(2, self.chunk_m // self.piece_m)
         # Peers take output tiles that lie side by side.
         self.shape = self.m_tiles, pl.cdiv(self.n_tiles, config.multicast)
         self.num_clusters = min(
             num_clusters(config.split_k * config.multicast, config.blocks_per_sm), self.shape[0] * self.shape[1]
         )
+
+    def out_type(self, m: int, n: int) -> jax.ShapeDtypeStruct:
+        """What the kernel writes for one weight."""
+        return jax.ShapeDtypeStruct((n, m) if self.transposed_out else (m, n), self.out_dtype)
 
     def tile(self, index):
         """Token and output tile of a block, from the linear index of its cluster's tiles."""
@@ -121,15 +141,21 @@ class _Plan:
         """Shared memory and barriers, by name."""
         c, stages = self.config, self.config.num_stages
         rows = (stages, self.scale_rows, c.block_n)
+        piece = (TILE, self.piece_m) if self.transposed_out else (self.piece_m, TILE)
         scratch = {
             "x": _tiled((stages, c.block_m, c.block_k), self.dtype, self.wgmma_k),
             "w": plgpu.SMEM((stages, c.num_warpgroups, c.block_k // TILE, 2, 256), jnp.int32),
-            "scale": plgpu.SMEM(rows, self.scale_dtype),
+            "scale": plgpu.SMEM(rows, self.scale_dtype) if self.ring_scales else None,
             "zero": plgpu.SMEM(rows, self.scale_dtype) if self.has_zero_point else None,
-            "out": _tiled((c.num_warpgroups, self.stagings, self.piece_m, TILE), self.dtype, TILE),
-            "full": plgpu.Barrier(num_arrivals=3 + self.has_zero_point, num_barriers=stages),
+            "out": _tiled((c.num_warpgroups, self.stagings, *piece), self.out_dtype, piece[1]),
+            "full": plgpu.Barrier(num_arrivals=2 + self.ring_scales + self.has_zero_point, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
         }
+        if self.x_bytes == 1:  # The copy engine writes to multiples of 128 bytes.
+            scratch |= {
+                "x_scale": plgpu.SMEM((c.num_warpgroups, pl.cdiv(c.block_m, 32) * 32), jnp.float32),
+                "x_scale_full": plgpu.Barrier(num_barriers=c.num_warpgroups),
+            }
         if c.multicast > 1:  # A stage is empty when it is so in every block that the copy goes to.
             scratch["empty"] = plgpu.ClusterBarrier(
                 collective_axes=("peer",), num_arrivals=c.num_warpgroups, num_barriers=stages
@@ -154,8 +180,9 @@ def _tiled(shape, dtype, columns: int):
 
 def _body(plan: _Plan, weights_tree, x, *refs):
     """One block: its last warpgroup copies, the others compute."""
-    count = weights_tree.num_leaves
-    weights, outs = jax.tree.unflatten(weights_tree, refs[:count]), refs[count:]
+    count, given = weights_tree.num_leaves, int(plan.x_bytes == 1)
+    weights, outs = jax.tree.unflatten(weights_tree, refs[:count]), refs[count + given :]
+    x_scale = refs[count] if given else None
     compute = plan.config.num_warpgroups
 
     def scoped(smem):
@@ -174,7 +201,7 @@ def _body(plan: _Plan, weights_tree, x, *refs):
         def _compute():
             if compute in _COMPUTE_REGISTERS:
                 plgpu.set_max_registers(_COMPUTE_REGISTERS[compute], action="increase")
-            _compute_tiles(plan, warpgroup, [bias for *_, bias in weights], outs, smem)
+            _compute_tiles(plan, warpgroup, weights, x_scale, outs, smem)
 
     pl.run_scoped(scoped, plan.scratch(), collective_axes="warpgroup")
 
@@ -222,7 +249,8 @@ def _copy_tiles(plan: _Plan, x, weights, smem):
             full,
             collective_axes=shared_by,
         )
-        plgpu.copy_gmem_to_smem(scale.at[rows, columns], smem["scale"].at[slot], full)
+        if plan.ring_scales:
+            plgpu.copy_gmem_to_smem(scale.at[rows, columns], smem["scale"].at[slot], full)
         if zero is not None:
             plgpu.copy_gmem_to_smem(zero.at[rows, columns], smem["zero"].at[slot], full)
 
@@ -241,27 +269,35 @@ def _copy_tiles(plan: _Plan, x, weights, smem):
         pl.when(position > slot)(lambda slot=slot: plgpu.barrier_wait(smem["empty"].at[slot]))
 
 
-def _compute_tiles(plan: _Plan, warpgroup, biases, outs, smem):
+def _compute_tiles(plan: _Plan, warpgroup, weights, x_scale, outs, smem):
     """Multiply this warpgroup's 64 outputs of every tile, reduce over the cluster, store."""
-    c = plan.config
-    product = _product_scaled_after if c.scale_after else _product_scaled_before
+    c, product = plan.config, product_of(plan)
 
     def visit(count, m_tile, n_tile, first, last, position):
-        acc = product(plan, warpgroup, smem, first, last, position)
         first_m = m_tile * c.block_m
+        if x_scale is not None:  # Read in full before this tile: each piece stored waited for all lanes.
+            own = smem["x_scale"].at[warpgroup, pl.ds(0, c.block_m)]
+            plgpu.copy_gmem_to_smem(x_scale.at[pl.ds(first_m, c.block_m)], own, smem["x_scale_full"].at[warpgroup])
+        total = product(plan, warpgroup, smem, first, last, position)
+        if x_scale is not None:
+            plgpu.barrier_wait(smem["x_scale_full"].at[warpgroup])
 
-        def store(value, first_m):
+        def store(value, column):
             def write(weight, tile):
                 first_n, out = tile * c.block_n + warpgroup * TILE, outs[weight]
-                put = functools.partial(_store, plan, warpgroup, biases[weight], out, smem, first_n, value, first_m)
-                pl.when(first_n < out.shape[1])(put) if out.shape[1] % c.block_n else put()
+                put = functools.partial(
+                    _store, plan, warpgroup, weights[weight], out, smem, first_n, first_m, value, column
+                )
+                ragged = weights[weight][0].shape[0] % c.num_warpgroups
+                pl.when(first_n < weights[weight][0].shape[0] * TILE)(put) if ragged else put()
 
             plan.in_weight(n_tile, write)
 
         if c.split_k == 1:
-            store(acc, first_m)
+            store(total, 0)
         else:
-            _reduce(plan, warpgroup, smem, count, acc, lambda chunk, q: store(chunk, first_m + q * plan.chunk_m))
+            shared = {name: smem[name].at[warpgroup] for name in ("partial", "arrived", "free")}
+            add_over_cluster(total, count, store, axis="split", split=c.split_k, chunks=plan.chunks, **shared)
         return position + (last - first)
 
     _for_each_tile(plan, visit)
@@ -270,141 +306,31 @@ def _compute_tiles(plan: _Plan, warpgroup, biases, outs, smem):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _operands(plan: _Plan, warpgroup, smem, slot, group: int):
-    """Row vectors `[64]` float32 of a group of the stage: the offset of its codes and its scale."""
-    where = (slot, group, pl.ds(warpgroup * TILE, TILE))
-    scale = plgpu.load(smem["scale"].at[where], layout=ROWS, optimized=False).astype(jnp.float32)
-    hidden = float(MAGIC[jnp.dtype(plan.dtype).name] + CODE_OFFSET)
-    if not plan.has_zero_point:
-        return plgpu.layout_cast(jnp.full((TILE,), hidden, jnp.float32), ROWS), scale
-    return plgpu.load(smem["zero"].at[where], layout=ROWS, optimized=False).astype(jnp.float32) + hidden, scale
+def _store(plan: _Plan, warpgroup, weight, out, smem, first_n, first_m, value, column: int):
+    """Write `[64 outputs, tokens]`, the tile's tokens from a column on, to `out`, a piece of tokens at a time."""
+    _, scale, _, bias = weight
 
+    def per_output(vector):
+        row = plgpu.load(vector, layout=ROWS, optimized=False).astype(jnp.float32)
+        return lax.broadcast_in_dim(row, (TILE, plan.piece_m), (0,))
 
-def _multiply(plan: _Plan, warpgroup, smem, slot, first_k: int, acc, offset, scale):
-    """Issue `acc += W^T x^T` over `wgmma_k` inputs of a stage."""
-    tile, inside = divmod(first_k, TILE)
-    weights = unpack_int4(
-        smem["w"].at[slot, warpgroup, tile],
-        offset,
-        scale,
-        first_step=inside // 16,
-        depth=plan.wgmma_k,
-        dtype=plan.dtype,
-    )
-    plgpu.wgmma(acc, weights, smem["x"].at[slot, :, pl.ds(first_k, plan.wgmma_k)].T)
-
-
-def _release(plan: _Plan, empty):
-    """Give a stage back to whoever copies into it."""
-    if plan.config.multicast > 1:  # One warp tells the peers, for all: they must have read.
-        _synchronize_warpgroup()
-    plgpu.barrier_arrive(empty)
-
-
-@plgpu.inline_mgpu()
-def _synchronize_warpgroup(_=None):
-    mgpu.utils.warpgroup_barrier()
-
-
-def _product_scaled_after(plan: _Plan, warpgroup, smem, first, last, position):
-    """Sum over groups of `scale * (integer product)`: one short product a group, scaled in float32."""
-    c = plan.config
-
-    def group_product(slot, group):
-        offset, scale = _operands(plan, warpgroup, smem, slot, group)
-
-        def multiply(part):
-            for first_k in range(group * plan.group_k, (group + 1) * plan.group_k, plan.wgmma_k):
-                _multiply(plan, warpgroup, smem, slot, first_k, part, offset, None)
-            return part[...]
-
-        part = pl.run_scoped(multiply, plgpu.ACC((TILE, c.block_m), jnp.float32))
-        return part * lax.broadcast_in_dim(scale, part.shape, (0,))
-
-    def stage(step, acc):
-        slot = lax.rem(position + (step - first), jnp.int32(c.num_stages))
-        plgpu.barrier_wait(smem["full"].at[slot])
-        for group in range(plan.scale_rows):
-            acc = acc + group_product(slot, group)
-        _release(plan, smem["empty"].at[slot])
-        return acc
-
-    zeros = plgpu.layout_cast(jnp.zeros((TILE, c.block_m), jnp.float32), plgpu.Layout.WGMMA)
-    return lax.fori_loop(first, last, stage, zeros)
-
-
-def _product_scaled_before(plan: _Plan, warpgroup, smem, first, last, position):
-    """One long product of scaled weights; a stage is given back when the next one's first product is under way.
-
-    wgmma reads its weights from registers while the next ones are unpacked, so that two sets of registers alternate:
-    a stage must hold an even number of products, or else the loop writes the very set that is being read.
-    """
-    c = plan.config
-
-    def multiply(acc):
-        def stage(step, _):
-            at = position + (step - first)
-            slot, before = lax.rem(at, jnp.int32(c.num_stages)), lax.rem(at - 1 + c.num_stages, jnp.int32(c.num_stages))
-            plgpu.barrier_wait(smem["full"].at[slot])
-            for first_k in range(0, c.block_k, plan.wgmma_k):
-                offset, scale = _operands(plan, warpgroup, smem, slot, first_k // plan.group_k)
-                _multiply(plan, warpgroup, smem, slot, first_k, acc, offset, scale)
-                plgpu.wgmma_wait(1)
-                if first_k == 0:
-                    pl.when(step > first)(lambda: _release(plan, smem["empty"].at[before]))
-
-        lax.fori_loop(first, last, stage, None)
-        result = acc[...]
-        pl.when(last > first)(
-            lambda: _release(plan, smem["empty"].at[lax.rem(position + (last - first) - 1, jnp.int32(c.num_stages))])
-        )
-        return result
-
-    return pl.run_scoped(multiply, plgpu.ACC((TILE, c.block_m), jnp.float32))
-
-
-def _reduce(plan: _Plan, warpgroup, smem, count, acc, store):
-    """Add the cluster's partial sums of a tile in a fixed order; the blocks take turns to own its chunks of tokens."""
-    split = plan.config.split_k
-    rank = lax.axis_index("split")
-    pl.when(count > 0)(lambda: plgpu.barrier_wait(smem["free"].at[warpgroup]))
-    owners = [lax.rem(count * plan.chunks + q, jnp.int32(split)) for q in range(plan.chunks)]
-    pieces = [acc[:, q * plan.chunk_m : (q + 1) * plan.chunk_m] for q in range(plan.chunks)]
-    for owner, piece in zip(owners, pieces, strict=True):
-
-        @pl.when(rank != owner)
-        def _send(owner=owner, piece=piece):
-            place = lax.rem(rank - owner - 1 + split, jnp.int32(split))
-            plgpu.async_store_smem(
-                piece,
-                smem["partial"].at[warpgroup, place],
-                smem["arrived"].at[warpgroup],
-                cluster_idx=owner,
-                cluster_dim="split",
-            )
-
-    for q, (owner, piece) in enumerate(zip(owners, pieces, strict=True)):
-
-        @pl.when(rank == owner)
-        def _add(piece=piece, q=q):
-            plgpu.barrier_wait(smem["arrived"].at[warpgroup])
-            total = piece
-            for place in range(split - 1):
-                total = total + plgpu.load(smem["partial"].at[warpgroup, place], layout=plgpu.Layout.WGMMA)
-            store(total, q)
-
-    plgpu.commit_smem()  # All lanes have read before one of them says so.
-    plgpu.barrier_arrive(smem["free"].at[warpgroup])
-
-
-def _store(plan: _Plan, warpgroup, bias, out, smem, first_n, value, first_m):
-    """Write `[64 outputs, tokens]` to `out[tokens, outputs]`, a piece of tokens at a time."""
-    if bias is not None:
-        row = plgpu.load(bias.at[pl.ds(first_n, TILE)], layout=ROWS, optimized=False).astype(jnp.float32)
-        value = value + lax.broadcast_in_dim(row, value.shape, (0,))
     for i, start in enumerate(range(0, value.shape[1], plan.piece_m)):
+        piece = value[:, start : start + plan.piece_m].astype(jnp.float32)
+        if plan.x_bytes == 1:
+            tokens = smem["x_scale"].at[warpgroup, pl.ds(column + start, plan.piece_m)]
+            tokens = plgpu.load(tokens, layout=COLUMNS, optimized=False) * (1.0 / plan.code_factor)
+            piece = piece * lax.broadcast_in_dim(tokens, piece.shape, (1,))
+        if not plan.ring_scales:
+            piece = piece * per_output(scale.at[0, pl.ds(first_n, TILE)])
+        if bias is not None:
+            piece = piece + per_output(bias.at[pl.ds(first_n, TILE)])
         staging = smem["out"].at[warpgroup, i % plan.stagings]
         plgpu.wait_smem_to_gmem(plan.stagings - 1, wait_read_only=True)
-        staging.T[...] = value[:, start : start + plan.piece_m].astype(plan.dtype)
+        where = pl.ds(first_m + column + start, plan.piece_m), pl.ds(first_n, TILE)
+        if plan.transposed_out:
+            staging[...] = piece.astype(plan.out_dtype)
+            where = where[::-1]
+        else:
+            staging.T[...] = piece.astype(plan.out_dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staging, out.at[pl.ds(first_m + start, plan.piece_m), pl.ds(first_n, TILE)])
+        plgpu.copy_smem_to_gmem(staging, out.at[*where])

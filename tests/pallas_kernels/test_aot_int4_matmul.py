@@ -92,3 +92,31 @@ def test_several_weights_are_one_launch(m, outputs):
     )
     assert hlo.count('custom_call_target="mosaic_gpu_v2"') == len(reports) == 1
     assert not reports[0].problems, reports[0].ptxas
+
+
+# Codes of activations: few tokens and many, groups and channels, results of 16 and 32 bits, shared and split clusters.
+@pytest.mark.parametrize(
+    ("dtype", "m", "k", "n", "group", "out_dtype", "changes"),
+    [
+        ("int8", 1, 4096, 4096, 128, jnp.bfloat16, {}),
+        ("int8", 60, 4096, 320, 64, jnp.float32, {}),
+        ("int8", 300, 8192, 8192, 128, jnp.bfloat16, {"multicast": 2, "num_stages": 2}),
+        ("int8", 300, 1000, 100, 1000, jnp.float16, {}),
+        ("int8", 4096, 8192, 8192, 8192, jnp.bfloat16, {"block_m": 256, "num_stages": 2, "multicast": 2}),
+        ("float8_e4m3fn", 16, 14336, 4096, 14336, jnp.bfloat16, {}),
+        ("float8_e4m3fn", 130, 4096, 4096, 128, jnp.float32, {"split_k": 2, "num_stages": 2}),
+        ("float8_e4m3fn", 4096, 8192, 8192, 8192, jnp.bfloat16, {"multicast": 2}),
+    ],
+)
+def test_products_of_codes_are_fit(dtype, m, k, n, group, out_dtype, changes):
+    shape = jax.ShapeDtypeStruct
+    qweight, scale = shape((-(-n // 64), -(-k // 64), 2, 256), jnp.int32), shape((k // group, n), jnp.bfloat16)
+    config = dataclasses.replace(default_config(m, k, -(-n // 64) * 64, k // group, dtype), **changes)
+
+    def fn(x, q, s, x_scale):
+        options = {"out_dtype": out_dtype, "implementation": "mosaic_gpu", "config": config}
+        return int4_matmul(x, q, s, x_scale=x_scale, **options)
+
+    _, reports = compile_for_h200(fn, shape((m, k), dtype), qweight, scale, shape((m, 1), jnp.float32))
+    assert len(reports) == 1
+    assert not reports[0].problems, reports[0].ptxas

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,3 +199,76 @@ def test_weights_that_are_not_alike_are_refused(rng):
         int4_matmul_many(jnp.ones((1, 128), jnp.bfloat16), [first, second])
     with pytest.raises(ValueError, match="zero points"):
         int4_matmul_many(jnp.ones((1, 128), jnp.bfloat16), [first, first._replace(zero_point=None)])
+
+
+def coded_problem(rng, m, k, n, groups, dtype, lead=()):
+    """A weight packed for codes, codes and scales of activations, and the exact product in float64."""
+    codes = rng.integers(-8, 8, (k, n)).astype(np.int8)
+    x = rng.integers(-128, 128, (*lead, m, k)).astype(np.float32)
+    x = jnp.asarray(x if dtype == "int8" else x / 8).astype(dtype)
+    scale = jnp.asarray(rng.normal(size=(groups, n)) * 0.05, jnp.bfloat16)
+    x_scale = jnp.asarray(rng.uniform(0.5, 2, (*lead, m, 1)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=n), jnp.bfloat16)
+    weight = codes * np.repeat(np.asarray(scale, np.float64), k // groups, axis=0)
+    exact = np.asarray(x, np.float64) @ weight * np.asarray(x_scale, np.float64) + np.asarray(bias, np.float64)
+    return pack(jnp.asarray(codes), x_bytes=1), {"x": x, "scale": scale, "x_scale": x_scale, "bias": bias}, exact
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("m", "k", "n", "groups"), [(1, 256, 192, 2), (17, 200, 70, 1), (0, 64, 64, 1)])
+def test_codes_of_activations_match_float64(rng, m, k, n, groups, dtype):
+    qweight, operands, exact = coded_problem(rng, m, k, n, groups, dtype, lead=(2,))
+    for out_dtype in (None, "float16", "float32"):
+        out = jax.jit(functools.partial(product, out_dtype=out_dtype))(qweight, operands)
+        assert out.shape == exact.shape
+        assert out.dtype == (out_dtype or "bfloat16")
+        # A weight with groups is rounded to bfloat16 here, and one with channels is exact.
+        bound = 2.0**-20 if groups == 1 and out_dtype == "float32" else EPS["bfloat16"]
+        if m:
+            assert np.linalg.norm(np.asarray(out, np.float64) - exact) <= bound * np.linalg.norm(exact)
+
+
+def test_vmap_over_codes_folds_their_scales(rng):
+    qweight, operands, _ = coded_problem(rng, 3, 128, 64, 2, "int8", lead=(4,))
+    whole = product(qweight, operands)
+    mapped = jax.vmap(lambda x, s: product(qweight, operands | {"x": x, "x_scale": s}))
+    np.testing.assert_array_equal(mapped(operands["x"], operands["x_scale"]), whole)
+    one = operands["x_scale"][:1, :1]
+    shared = jax.vmap(lambda x: product(qweight, operands | {"x": x, "x_scale": one[0]}))(operands["x"])
+    np.testing.assert_array_equal(shared, product(qweight, operands | {"x_scale": one}))
+
+
+def test_gradients_reach_the_scales_of_codes(rng):
+    qweight, operands, _ = coded_problem(rng, 3, 128, 64, 1, "int8")
+    total = lambda x_scale, bias: product(  # noqa: E731
+        qweight, operands | {"x_scale": x_scale, "bias": bias}, out_dtype="float32"
+    ).sum()
+    slope, dbias = jax.grad(total, (0, 1))(operands["x_scale"], operands["bias"])
+    unit = product(qweight, operands | {"x_scale": jnp.ones((3, 1)), "bias": 0 * operands["bias"]}, out_dtype="float32")
+    np.testing.assert_allclose(slope[:, 0], unit.sum(1), rtol=1e-4)
+    np.testing.assert_array_equal(dbias, jnp.full(64, 3, jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x_scale": None}, TypeError, "without x_scale"),
+        ({"x": jnp.ones((2, 128), jnp.bfloat16)}, TypeError, "with x_scale"),
+        ({"x_scale": jnp.ones((3, 1))}, ValueError, "x_scale has shape"),
+        ({"pre_scale": jnp.ones((128,))}, ValueError, "before quantizing"),
+        ({"out_dtype": jnp.int32}, TypeError, "accepted are bfloat16"),
+        ({"implementation": "mosaic_gpu", "zero_point": jnp.ones((2, 64))}, NotImplementedError, "zero points"),
+    ],
+)
+def test_misfits_of_codes_are_named(rng, change, error, message):
+    qweight, operands, _ = coded_problem(rng, 2, 128, 64, 2, "int8")
+    with pytest.raises(error, match=message):
+        product(qweight, operands | change)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("m", [1, 16, 64, 128, 300, 4096])
+@pytest.mark.parametrize(("k", "n", "groups"), [(4096, 4096, 32), (14336, 4096, 1), (1088, 320, 17), (8192, 57344, 64)])
+def test_default_config_for_codes_fits(m, k, n, groups, dtype):
+    config = default_config(m, k, n, groups, dtype)
+    assert supports(k, n, groups, dtype, config=config) is None
