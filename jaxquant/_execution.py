@@ -1,18 +1,19 @@
 """Evaluates a jaxpr whose parameters are quantized, and writes down what became of each."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
 from jax.extend import core
 
 from jaxquant import _ops, _packed, _views
-from jaxquant._interpreter import Frame, Interpreter, Value
+from jaxquant._interpreter import Frame, Interpreter, Value, result_of
 from jaxquant._outliers import view_weight
 from jaxquant._qarray import QArray
+from jaxquant._siblings import in_steps
 from jaxquant._views import Unrepresentable
-from jaxquant._weight_rules import RULES
+from jaxquant._weight_rules import RULES, sibling_operands
 from jaxquant._weights import Shifted, Weight, cut_shards, dense
 
 OnDense = Literal["record", "error"]
@@ -52,6 +53,32 @@ class Execution(Interpreter):
     def is_special(self, value: Value) -> bool:
         """Weights, alone or in a sum."""
         return isinstance(value, Weight | Shifted)
+
+    def steps(self, eqns: Sequence[core.JaxprEqn]) -> Iterable[Sequence[core.JaxprEqn]]:
+        """Brings products of one activation together."""
+        return in_steps(eqns)
+
+    def apply_step(self, frame: Frame, eqns: Sequence[core.JaxprEqn]) -> list[Sequence[Value]]:
+        """Multiplies siblings by one launch where their weights are packed for it, and lets the rules find the products."""
+        siblings: dict[int, tuple[Value, list]] = {}
+        for eqn in eqns if len(eqns) > 1 else ():
+            operands = sibling_operands(self, eqn, [frame.read(atom) for atom in eqn.invars])
+            if operands is not None:
+                x, *weight = operands
+                siblings.setdefault(id(x), (x, []))[1].append(tuple(weight))
+        for x, weights in siblings.values():
+            if len(weights) > 1:
+                _ops.multiply_siblings(x, weights, frame.region.shared)
+        return super().apply_step(frame, eqns)
+
+    def apply(self, frame: Frame, eqn: core.JaxprEqn, values: list[Value]) -> Sequence[Value]:
+        """Converts an activation to a dtype once: what comes of it is then one activation for all weights."""
+        if eqn.primitive.name != "convert_element_type" or self.is_special(values[0]):
+            return super().apply(frame, eqn, values)
+        key = "converted", id(values[0]), result_of(eqn)
+        if key not in frame.region.shared:
+            frame.region.shared[key] = values[0], super().apply(frame, eqn, values)
+        return frame.region.shared[key][1]
 
     def record(self, frame: Frame, eqn: core.JaxprEqn, path: str, implementation: str, reason: str = "") -> None:
         """Writes a use down; the same equation reached the same way is one use, however often JAX traces it."""

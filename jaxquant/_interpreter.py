@@ -10,7 +10,7 @@ which they came up: a scan stacks them and hands them to `pool`, a `cond` fills 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -111,11 +111,19 @@ class Interpreter:
         frame = Frame(body, region, stack)
         frame.values.update(zip(body.constvars, jaxpr.consts, strict=True))
         frame.values.update(zip(body.invars, values, strict=True))
-        for eqn in body.eqns:
-            outs = self.apply(frame, eqn, [frame.read(atom) for atom in eqn.invars])
-            frame.values.update(zip(eqn.outvars, outs, strict=True))
-            frame.makers.update((var, eqn) for var in eqn.outvars)
+        for step in self.steps(body.eqns):
+            for eqn, outs in zip(step, self.apply_step(frame, step), strict=True):
+                frame.values.update(zip(eqn.outvars, outs, strict=True))
+                frame.makers.update((var, eqn) for var in eqn.outvars)
         return [frame.read(atom) for atom in body.outvars]
+
+    def steps(self, eqns: Sequence[core.JaxprEqn]) -> Iterable[Sequence[core.JaxprEqn]]:
+        """The equations of a jaxpr in the order, and in the groups, in which they are evaluated."""
+        return ((eqn,) for eqn in eqns)
+
+    def apply_step(self, frame: Frame, eqns: Sequence[core.JaxprEqn]) -> list[Sequence[Value]]:
+        """Evaluates the equations of a step, of which none needs another."""
+        return [self.apply(frame, eqn, [frame.read(atom) for atom in eqn.invars]) for eqn in eqns]
 
     def apply(self, frame: Frame, eqn: core.JaxprEqn, values: list[Value]) -> Sequence[Value]:
         """Evaluates one equation; a rule that returns NotImplemented, or a reason, declines it."""
