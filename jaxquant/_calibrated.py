@@ -13,12 +13,13 @@ from jaxquant import _views
 from jaxquant._numerics import all_finite
 from jaxquant._outliers import OutlierArray, dequantize_weight
 from jaxquant._qarray import QArray
-from jaxquant._report import WeightReport, make_row, signal_to_noise
+from jaxquant._report import WeightReport, make_row, retrained_row, signal_to_noise
 from jaxquant._resume import Finished
 from jaxquant._rules import Assignment
 from jaxquant._spec import PerChannel, PerGroup
 from jaxquant._statistics import Statistics
 from jaxquant.algorithms._apply import quantize_weight
+from jaxquant.algorithms._block_rounding import Run, train_block
 from jaxquant.algorithms._transform import WeightTransform
 
 
@@ -32,6 +33,7 @@ class Job:
         unseen: `"error"` or `"rtn"`: what becomes of matrices that no token reached.
         emit: told the report of each weight.
         finished: weights of an interrupted run, or None.
+        waiting: weights with their reports, of a block that is still to be trained.
     """
 
     algorithm: WeightTransform | None
@@ -39,6 +41,7 @@ class Job:
     unseen: str
     emit: Callable[[WeightReport], None]
     finished: Finished | None
+    waiting: dict[str, tuple[QArray | OutlierArray, WeightReport]] = dataclasses.field(default_factory=dict)
 
     def restore(self, name: str) -> QArray | OutlierArray | None:
         """A weight that an interrupted run finished, or None."""
@@ -78,11 +81,53 @@ class Job:
             ValueError: a weight holds NaN or Inf, or a matrix of it saw no token and `unseen` is `"error"`.
         """
         made = quantize_calibrated(names, leaves, self.assignments[paths[0]], self.algorithm, stats, self.unseen)
-        for name, (weight, row) in zip(names, made, strict=True):
+        self.waiting.update(zip(names, made, strict=True))
+        if self.algorithm is None or self.algorithm.tuning is None:
+            self._finish()
+        return [weight for weight, _ in made]
+
+    def is_kept(self, name: str) -> bool:
+        """Whether an interrupted run finished a weight."""
+        return self.finished is not None and name in self.finished
+
+    def train(
+        self, names: Sequence[str], floats: Sequence[jax.Array], run: Run, inputs: Sequence[Any], targets: Sequence[Any]
+    ) -> dict[str, QArray | OutlierArray]:
+        """Trains the rounded weights of a block together, and finishes those and all others that wait.
+
+        Args:
+            names: of the weights.
+            floats: the float arrays.
+            run: the block.
+            inputs: for each batch what `run` takes beside the weights.
+            targets: for each batch the outputs wanted.
+
+        Returns:
+            The trained weights.
+        """
+        if self.algorithm is None or self.algorithm.tuning is None:
+            raise ValueError("Job.train: the algorithm trains nothing")
+        if names:
+            start = time.perf_counter()
+            weights = [self.waiting[name][0] for name in names]
+            trained = train_block(run, self.algorithm.tuning, weights, floats, inputs, targets)
+            seconds = (time.perf_counter() - start) / len(names)
+            errors = {"block_error_before": trained.before, "block_error": trained.after}
+            for name, weight, w in zip(names, trained.weights, floats, strict=True):
+                row = self.waiting[name][1]
+                ratio = float(signal_to_noise(w, _dequantize(weight)))
+                self.waiting[name] = weight, retrained_row(row, ratio, errors, seconds)
+        made = {name: weight for name, (weight, _) in self.waiting.items()}
+        self._finish()
+        return made
+
+    def _finish(self) -> None:
+        """Keeps and reports what waits."""
+        for name, (weight, row) in self.waiting.items():
             if self.finished is not None:
                 self.finished.put(name, weight, row)
             self.emit(row)
-        return [weight for weight, _ in made]
+        self.waiting.clear()
 
 
 def _same_form(a: Assignment, b: Assignment) -> bool:

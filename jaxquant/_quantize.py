@@ -96,7 +96,9 @@ def quantize(
     kept = None if resume is None else _open(resume, config, watches, "walk" if walked else "float")
     job = Job(config.algorithm, assignments, unseen, emit, kept)
     if walked and apply_fn is not None:
-        done = walk_model(apply_fn, params, batches, watches, job, offload=offload)
+        tuning = config.algorithm.tuning if config.algorithm is not None else None
+        cuts = None if tuning is None else tuning.cuts
+        done = walk_model(apply_fn, params, batches, watches, job, offload=offload, cuts=cuts)
         seen = Calibration({}, {})
     else:
         done = {path: weight for path in watches if (weight := job.restore(path)) is not None}

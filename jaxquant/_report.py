@@ -118,7 +118,7 @@ def make_row(
     return WeightReport(
         path=path,
         algorithm=algorithm,
-        sqnr=10 * math.log10(max(ratio, sys.float_info.min)),
+        sqnr=_decibels(ratio),
         error=take("error", np.mean),
         error_rtn=take("error_rtn", np.mean),
         tokens=int(tokens or 0),
@@ -128,6 +128,32 @@ def make_row(
         extra={name: float(value.mean()) for name, value in numbers.items()},
         note=note,
     )
+
+
+def retrained_row(row: WeightReport, ratio: float, errors: Mapping[str, float], seconds: float) -> WeightReport:
+    """A weight's row once its block was trained: the error of its own output is no longer what it was.
+
+    Args:
+        row: as it was rounded.
+        ratio: squared norm of the weight over that of its rounding error.
+        errors: what training reports.
+        seconds: spent on it.
+
+    Returns:
+        The new row.
+    """
+    return dataclasses.replace(
+        row,
+        sqnr=_decibels(ratio),
+        error=None,
+        error_rtn=None,
+        seconds=row.seconds + seconds,
+        extra={**row.extra, **errors},
+    )
+
+
+def _decibels(ratio: float) -> float:
+    return 10 * math.log10(max(ratio, sys.float_info.min))
 
 
 @jax.jit

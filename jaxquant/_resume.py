@@ -40,7 +40,8 @@ class Finished:
     def put(self, name: str, weight: Any, row: WeightReport) -> None:
         """Writes a finished weight; a run killed in the middle of it has not finished it."""
         text = json.dumps(dataclasses.asdict(row)).encode()
-        save(self._place(name), {"weight": weight, "report": np.frombuffer(text, np.uint8)})
+        kept = {"weight": weight, "report": np.frombuffer(text, np.uint8)}
+        save(self._place(name), kept, overwrite=True)  # a block of which only a part was kept is trained again
 
     def _place(self, name: str) -> pathlib.Path:
         return self.folder / quote(name, safe="")

@@ -40,13 +40,20 @@ class Segments:
             order: the variables they read, in three lists.
             outs: the variables wanted.
         """
-        invars = [var for kind in order for var in kind]
-        effects = frozenset().union(*(eqn.effects for eqn in eqns))
-        part = body.replace(constvars=[], invars=invars, outvars=outs, eqns=eqns, effects=effects)
-        key = f"{[len(kind) for kind in order]} {part} {nested_constants(eqns)}"
+        key, part = print_part(body, eqns, order, outs)
         if key not in self.compiled:
             self.compiled[key] = jax.jit(lambda *values: _execute(part, *values))
         return self.compiled[key]
+
+
+def print_part(
+    body: core.Jaxpr, eqns: list[core.JaxprEqn], order: Sequence[Sequence[core.Var]], outs: list[core.Var]
+) -> tuple[str, core.Jaxpr]:
+    """Equations of a program as a program of their own, and a text that is equal for those that do the same."""
+    invars = [var for kind in order for var in kind]
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    part = body.replace(constvars=[], invars=invars, outvars=outs, eqns=eqns, effects=effects)
+    return f"{[len(kind) for kind in order]} {part} {nested_constants(eqns)}", part
 
 
 def _execute(body: core.Jaxpr, weights: list, common: list, lanes: list) -> list:

@@ -14,8 +14,10 @@ SAMPLES = 256  # rows kept of each product's inputs
 MOMENTUM = 0.9  # of the moving average of ranges, per batch (Krishnamoorthi 2018, arXiv:1806.08342)
 
 # What an algorithm may ask for.
-NEEDS = ("absmax", "mean_abs", "range", "moving_average", "histogram", "samples", "hessian", "cross", "residual")
-FLOAT_NEEDS = frozenset({"cross", "residual"})  # of these, what compares with the float model
+NEEDS = (
+    "absmax", "mean_abs", "range", "moving_average", "histogram", "samples", "hessian", "cross", "residual", "block"
+)  # fmt: skip
+FLOAT_NEEDS = frozenset({"cross", "residual", "block"})  # of these, what compares with the float model
 
 
 @dataclasses.dataclass(frozen=True)

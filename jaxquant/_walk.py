@@ -91,7 +91,7 @@ class Walk:
         self.kinds = self._classify()
         self.pending = self._count_readers()
         self.left = _count([unit for meet in plan.meets for unit in meet.units])
-        self.known = {unit: weight for unit in self.left if (weight := quantizer.restore(str(unit))) is not None}
+        self.known = self.restore()
         self.floats: dict[Unit, jax.Array] = {}
         self.statistics: dict[Unit, Statistics] = {}
         self.done: dict[Unit, Any] = {}
@@ -102,19 +102,27 @@ class Walk:
     def run(self) -> dict[Unit, Any]:
         """Walks to the last product."""
         for group in self.groups():
-            for meet in group:
-                self.materialize(self.targets(meet))
-            units = [unit for meet in group for unit in meet.units]
-            if not all(unit in self.known for unit in units):
-                for unit, seen in self.observe(group).items():
-                    held = self.statistics.get(unit)
-                    self.statistics[unit] = seen if held is None else merge_stacks(held, seen)
-            for unit in units:
-                self.left[unit] -= 1
-            self.finish([unit for unit in dict.fromkeys(units) if not self.left[unit]], len(group) > 1)
-            for meet in group:
-                self._release(self.targets(meet))
+            self.reach(group)
         return self.done
+
+    def restore(self) -> dict[Unit, Any]:
+        """The weights that an interrupted run finished."""
+        return {unit: weight for unit in self.left if (weight := self.quantizer.restore(str(unit))) is not None}
+
+    def reach(self, group: Sequence[Meet]) -> None:
+        """Gathers what meets read, and quantizes their units once all products of them were met."""
+        for meet in group:
+            self.materialize(self.targets(meet))
+        units = [unit for meet in group for unit in meet.units]
+        if not all(unit in self.known for unit in units):
+            for unit, seen in self.observe(group).items():
+                held = self.statistics.get(unit)
+                self.statistics[unit] = seen if held is None else merge_stacks(held, seen)
+        for unit in units:
+            self.left[unit] -= 1
+        self.finish([unit for unit in dict.fromkeys(units) if not self.left[unit]], len(group) > 1)
+        for meet in group:
+            self._release(self.targets(meet))
 
     def groups(self) -> list[list[Meet]]:
         """The meets in order, those together whose units are quantized side by side."""
@@ -176,9 +184,13 @@ class Walk:
     def _count_readers(self) -> dict[core.Var, int]:
         """How many equations and meets that matter will still read each variable."""
         targets = [var for meet in self.plan.meets for var in set(self.targets(meet))]
-        useful = self.slice_to(targets)
+        useful = self.slice_to([*targets, *self.ends()])
         read = [atom for n in useful for atom in set(_variables(self.body.eqns[n]))]
         return _count([*read, *targets])
+
+    def ends(self) -> tuple[core.Var, ...]:
+        """What the walk evaluates beside what its meets read."""
+        return ()
 
     def slice_to(self, targets: Sequence[core.Var]) -> list[int]:
         """Numbers of the equations not yet evaluated that lead to variables, in order."""
@@ -263,7 +275,7 @@ class Walk:
         """What a batch has in a variable."""
         return self.lanes[var][stream][place] if var in self.lanes else self.read_common(var)
 
-    def observe(self, group: list[Meet]) -> dict[Unit, Statistics]:
+    def observe(self, group: Sequence[Meet]) -> dict[Unit, Statistics]:
         """The statistics of meets that share their inputs; the next group may share them too."""
         first = group[0]
         if first.reading is None:

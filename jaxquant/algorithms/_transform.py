@@ -69,6 +69,23 @@ for _container in (Outliers, WeightState):
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockTuning:
+    """How the rounded weights of a block are trained together on the block's outputs.
+
+    Attributes:
+        cuts: places at which one array carries all that follows, up to which a block reaches.
+        steps: gradient steps, each on one calibration batch.
+        learning_rate: of the first step; it falls linearly to zero.
+        optimizer: `"sign"` or `"adam"`.
+    """
+
+    cuts: int
+    steps: int
+    learning_rate: float
+    optimizer: str
+
+
+@dataclasses.dataclass(frozen=True)
 class WeightTransform:
     """An algorithm as a value: equal arguments give equal transforms, so nothing compiles twice.
 
@@ -77,6 +94,7 @@ class WeightTransform:
         needs: the statistics it reads, names out of `jaxquant._statistics.NEEDS`.
         rule: pure function `(state, spec, **options) -> state`; of module level, or itself hashable.
         options: the rule's keyword arguments.
+        tuning: what happens once all weights of a block are rounded, or None.
 
     >>> chain().needs
     frozenset()
@@ -86,6 +104,7 @@ class WeightTransform:
     needs: frozenset[str]
     rule: Callable[..., WeightState] = dataclasses.field(repr=False)
     options: tuple[tuple[str, Any], ...] = ()
+    tuning: BlockTuning | None = None
 
     def apply(self, state: WeightState, spec: QuantSpec) -> WeightState:
         """Takes one weight a step further.
@@ -114,14 +133,21 @@ def chain(*transforms: WeightTransform) -> WeightTransform:
     Returns:
         Their composition; of nothing, the transform that changes nothing.
 
+    Raises:
+        ValueError: learned rounding on a block's outputs that is not the last.
+
     >>> from jaxquant.algorithms.gptq import gptq
     >>> from jaxquant.algorithms.smoothquant import smoothquant
     >>> chain(smoothquant(alpha=0.5), gptq()).name
     'smoothquant + gptq'
     """
     name = " + ".join(transform.name for transform in transforms)
-    needs = {need for transform in transforms for need in transform.needs}
-    return make_transform(_apply_chain, name, needs, transforms=transforms)
+    needs = frozenset(need for transform in transforms for need in transform.needs)
+    early = [transform.name for transform in transforms[:-1] if transform.tuning is not None]
+    if early:
+        raise ValueError(f"chain: {early[0]} trains on the outputs of a block of rounded weights, so it comes last")
+    tuning = transforms[-1].tuning if transforms else None
+    return WeightTransform(name, needs, _apply_chain, (("transforms", transforms),), tuning)
 
 
 def _apply_chain(state: WeightState, spec: QuantSpec, *, transforms: tuple[WeightTransform, ...]) -> WeightState:

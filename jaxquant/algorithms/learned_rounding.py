@@ -1,10 +1,11 @@
 """Learned rounding: offsets before rounding and gains of the scales, trained by gradient steps.
 
 Differs from the papers in:
-1. The objective of one layer is trace(D^T H D) over all calibration tokens, with its exact gradient, where AutoRound
-   takes sampled batches of a block. `train` takes any objective, a block's output included.
-2. It starts from whatever codes the chain has reached, and the best parameters seen are kept, so it never loses to its
-   start; AutoRound starts from round-to-nearest.
+1. A block is what lies between two cuts of the traced program (`jaxquant/_blocks.py`), two of them for each layer of a
+   transformer; no list of modules says so. With `output="layer"` the objective is each weight's own output error
+   trace(D^T H D) over all calibration tokens instead, with its exact gradient.
+2. It starts from whatever codes the chain has reached, from GPTQ's for example, and never loses to them on the
+   calibration tokens; AutoRound starts from round-to-nearest.
 3. One gain for each scale cell, with zero points fixed, where AutoRound trains both ends of the range.
 4. Rounding is hard with a straight-through gradient (AutoRound), not AdaRound's annealed sigmoid.
 
@@ -13,7 +14,8 @@ Symbols: V [K, N] offsets within +-1/2, g gains of the scale grid, D [K, N] = we
 References:
     Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs"
     (AutoRound), arXiv:2309.05516. Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization"
-    (AdaRound), arXiv:2004.10568.
+    (AdaRound), arXiv:2004.10568. Li et al. 2021, "BRECQ: Pushing the Limit of Post-Training Quantization by Block
+    Reconstruction", arXiv:2102.05426.
 """
 
 import dataclasses
@@ -22,17 +24,19 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxquant._numerics import expand_grid
-from jaxquant._qtypes import decode_codes
-from jaxquant._spec import QuantSpec, TensorSpec
+from jaxquant._qtypes import QType, decode_codes
+from jaxquant._spec import QuantSpec
 from jaxquant._statistics import require
 from jaxquant.algorithms._factor import regularize
-from jaxquant.algorithms._transform import WeightState, WeightTransform, make_transform, output_error
+from jaxquant.algorithms._transform import BlockTuning, WeightState, WeightTransform, make_transform, output_error
 from jaxquant.algorithms.rtn import apply_rtn
 
 GAIN_RANGE = (0.5, 1.5)
+OPTIMIZERS = {"sign": optax.sign_sgd, "adam": optax.adam}
 NEAR_HALF = 0.499  # how far a start may lie from its code and still round to it
 
 
@@ -65,61 +69,100 @@ class Start(NamedTuple):
 
 
 def learned_rounding(
-    *, steps: int = 200, learning_rate: float = 0.005, optimizer: Literal["sign", "adam"] = "sign"
+    *,
+    output: Literal["block", "layer"] = "block",
+    steps: int = 200,
+    learning_rate: float = 0.005,
+    optimizer: Literal["sign", "adam"] = "sign",
+    cuts: int = 2,
 ) -> WeightTransform:
-    """Trains rounding offsets and scale gains on the layer's output error.
+    """Trains rounding offsets and scale gains on the output of a block of layers, or of each layer alone.
 
     Args:
-        steps: gradient steps; the learning rate falls linearly to zero over them.
+        output: `"block"` trains the weights of a block together, on the quantized model's inputs, towards the float
+            model's outputs; it needs a sequential pass with the float model beside it. `"layer"` trains each weight on
+            its own output error.
+        steps: gradient steps, each on one calibration batch (`"layer"`: on all tokens); the learning rate falls
+            linearly to zero over them.
         learning_rate: of the first step, in units of one code for offsets.
         optimizer: `"sign"` steps by the gradient's sign (AutoRound), `"adam"` by Adam.
+        cuts: how far a block reaches: to the `cuts`-th place behind it through which a single array carries all that
+            follows. Two are a transformer's layer, attention and MLP; one trains the two apart.
 
     Returns:
-        The transform; it needs the Hessian and rounds, from the codes of the transform before it if that rounds.
+        The transform; it rounds, from the codes of the transform before it if that rounds. Put it last in a chain.
 
     Raises:
         ValueError: an argument out of range.
 
-    >>> sorted(learned_rounding().needs)
-    ['hessian']
+    >>> sorted(learned_rounding().needs), sorted(learned_rounding(output="layer").needs)
+    (['block'], ['hessian'])
     """
-    if steps < 1 or learning_rate <= 0:
-        raise ValueError(f"learned_rounding: steps={steps!r}, learning_rate={learning_rate!r}; both must be positive")
-    if optimizer not in ("sign", "adam"):
+    if steps < 1 or learning_rate <= 0 or cuts < 1:
+        raise ValueError(
+            f"learned_rounding: steps={steps!r}, learning_rate={learning_rate!r}, cuts={cuts!r}; all must be positive"
+        )
+    if optimizer not in OPTIMIZERS:
         raise ValueError(f"learned_rounding: optimizer {optimizer!r}; accepted: 'sign', 'adam'")
+    if output not in ("block", "layer"):
+        raise ValueError(f"learned_rounding: output {output!r}; accepted: 'block', 'layer'")
+    if output == "block":
+        tuning = BlockTuning(cuts, steps, learning_rate, optimizer)
+        return WeightTransform("learned_rounding", frozenset({"block"}), _round_first, tuning=tuning)
     options = {"steps": steps, "learning_rate": learning_rate, "optimizer": optimizer}
     return make_transform(_apply_learned, "learned_rounding", {"hessian"}, **options)
+
+
+def _round_first(state: WeightState, spec: QuantSpec) -> WeightState:
+    """Codes to start from; the walk trains them once it has reached the end of the block."""
+    check_integer(spec.weight.format)
+    return state if state.codes is not None else apply_rtn(state, spec)
 
 
 def _apply_learned(
     state: WeightState, spec: QuantSpec, *, steps: int, learning_rate: float, optimizer: str
 ) -> WeightState:
+    check_integer(spec.weight.format)
     hessian, _ = regularize(require(state.stats, "hessian"))
     state = state if state.codes is not None else apply_rtn(state, spec)
-    start = start_from(state, spec.weight)
+    if state.codes is None or state.scale is None:
+        raise ValueError("learned_rounding starts from codes; round the state first")
+    start = start_from(state.weight, state.codes, state.scale, state.zero_point, spec.weight.format)
 
     def loss(rounding: Rounding) -> jax.Array:
         return output_error(hessian, soft_weight(rounding, start) - state.weight)
 
-    best = train(loss, initial(start), steps, make_optimizer(optimizer, learning_rate, steps))
-    return harden(best, start, state, spec.weight)
+    best = train(loss, initial(start), optimizer, falling_rates(learning_rate, steps))
+    codes, scale = harden(best, start, state.zero_point, spec.weight.format)
+    return dataclasses.replace(state, codes=codes, scale=scale)
 
 
-def start_from(state: WeightState, spec: TensorSpec) -> Start:
-    """Reads the start of training off a rounded state.
+def check_integer(qtype: QType) -> None:
+    """Raises unless a format has codes to move."""
+    if not qtype.is_integer:
+        raise ValueError(f"learned_rounding moves integer codes, got {qtype.name!r}; take rtn() or gptq()")
 
-    Raises:
-        ValueError: the format is no integer, or the state is not rounded.
+
+def start_from(
+    weight: jax.Array, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, qtype: QType
+) -> Start:
+    """Reads the start of training off a rounded weight.
+
+    Args:
+        weight: float32 of any rank, what the codes are to stand for.
+        codes: of the same shape, unpacked.
+        scale: scale grid.
+        zero_point: grid or None.
+        qtype: an integer format.
+
+    Returns:
+        The start.
     """
-    if not spec.format.is_integer:
-        raise ValueError(f"learned_rounding moves integer codes, got {spec.qtype!r}; take rtn() or gptq()")
-    if state.codes is None or state.scale is None:
-        raise ValueError("learned_rounding starts from codes; round the state first")
-    zero = jnp.zeros(state.scale.shape) if state.zero_point is None else state.zero_point.astype(jnp.float32)
-    code = decode_codes(state.codes, spec.format) - expand_grid(zero, state.codes.shape)
-    value = state.weight / expand_grid(state.scale.astype(jnp.float32), state.weight.shape)
+    zero = jnp.zeros(scale.shape) if zero_point is None else zero_point.astype(jnp.float32)
+    code = decode_codes(codes, qtype) - expand_grid(zero, codes.shape)
+    value = weight / expand_grid(scale.astype(jnp.float32), weight.shape)
     near = jnp.clip(value, code - NEAR_HALF, code + NEAR_HALF)
-    return Start(near, spec.format.qmin - zero, spec.format.qmax - zero, state.scale)
+    return Start(near, qtype.qmin - zero, qtype.qmax - zero, scale)
 
 
 def initial(start: Start) -> Rounding:
@@ -147,54 +190,73 @@ def soft_weight(rounding: Rounding, start: Start) -> jax.Array:
     return codes * expand_grid(scale, codes.shape)
 
 
-def harden(rounding: Rounding, start: Start, state: WeightState, spec: TensorSpec) -> WeightState:
-    """Puts the trained codes and scales into a state."""
+def harden(rounding: Rounding, start: Start, zero_point: jax.Array | None, qtype: QType) -> tuple[jax.Array, jax.Array]:
+    """The trained codes and scales."""
     codes, scale = _soft_codes(rounding, start)
-    if state.zero_point is not None:
-        codes = codes + expand_grid(state.zero_point.astype(jnp.float32), codes.shape)
-    return dataclasses.replace(
-        state, codes=jnp.round(codes).astype(spec.format.code_dtype), scale=scale.astype(start.scale.dtype)
-    )
+    if zero_point is not None:
+        codes = codes + expand_grid(zero_point.astype(jnp.float32), codes.shape)
+    return jnp.round(codes).astype(qtype.code_dtype), scale.astype(start.scale.dtype)
 
 
-def make_optimizer(name: str, learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a name, with its learning rate falling linearly to zero."""
-    schedule = optax.linear_schedule(learning_rate, 0.0, steps)
-    return optax.sign_sgd(schedule) if name == "sign" else optax.adam(schedule)
+def falling_rates(learning_rate: float, steps: int) -> np.ndarray:
+    """The learning rate of each step, falling linearly towards zero."""
+    return np.asarray(learning_rate * (1 - np.arange(steps) / steps), np.float32)
+
+
+def step_roundings(
+    optimizer: str, roundings: list[Rounding], memory: optax.OptState, gradients: list[Rounding], rate: jax.Array
+) -> tuple[list[Rounding], optax.OptState]:
+    """Moves parameters against their gradients, within their bounds.
+
+    Args:
+        optimizer: out of `OPTIMIZERS`.
+        roundings: the parameters.
+        memory: the optimizer's state.
+        gradients: of the loss.
+        rate: float32 scalar, the learning rate.
+
+    Returns:
+        (parameters, state).
+    """
+    with jax.numpy_dtype_promotion("standard"):  # optax promotes implicitly
+        updates, memory = OPTIMIZERS[optimizer](1.0).update(gradients, memory, roundings)
+    return [bound(add_scaled(old, rate, update)) for old, update in zip(roundings, updates, strict=True)], memory
+
+
+def add_scaled(rounding: Rounding, rate: jax.Array, update: Rounding) -> Rounding:
+    """The parameters moved by a multiple of an update."""
+    return Rounding(*jax.tree.map(lambda old, new: old + rate * new, rounding, update))
+
+
+def bound(rounding: Rounding) -> Rounding:
+    """Puts parameters that a step has moved too far back to the ends of their range."""
+    return Rounding(jnp.clip(rounding.offset, -0.5, 0.5), jnp.clip(rounding.gain, *GAIN_RANGE))
 
 
 def train(
-    loss: Callable[[Rounding], jax.Array],
-    rounding: Rounding,
-    steps: int,
-    optimizer: optax.GradientTransformation,
+    loss: Callable[[Rounding], jax.Array], rounding: Rounding, optimizer: str, rates: np.ndarray | jax.Array
 ) -> Rounding:
     """Trains rounding parameters, within their bounds, and gives the best ones seen.
 
     Args:
         loss: differentiable function of the parameters.
         rounding: where to start.
-        steps: gradient steps.
-        optimizer: of optax.
+        optimizer: out of `OPTIMIZERS`.
+        rates: float32 [steps] learning rates.
 
     Returns:
         The parameters of least loss among start and steps.
     """
 
-    def bound(rounding: Rounding) -> Rounding:
-        return Rounding(jnp.clip(rounding.offset, -0.5, 0.5), jnp.clip(rounding.gain, *GAIN_RANGE))
-
-    def step(carry, _):
+    def step(carry, rate):
         now, memory, best, least = carry
         value, gradient = jax.value_and_grad(loss)(now)
         better = value < least
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), now, best)
-        with jax.numpy_dtype_promotion("standard"):  # optax promotes implicitly
-            updates, memory = optimizer.update(gradient, memory, now)
-        following = bound(Rounding(*jax.tree.map(jnp.add, now, updates)))
+        (following,), memory = step_roundings(optimizer, [now], memory, [gradient], rate)
         return (following, memory, best, jnp.where(better, value, least)), None
 
-    start = (rounding, optimizer.init(rounding), rounding, jnp.asarray(jnp.inf))
-    (last, _, best, least), _ = jax.lax.scan(step, start, None, length=steps)
+    start = (rounding, OPTIMIZERS[optimizer](1.0).init([rounding]), rounding, jnp.asarray(jnp.inf))
+    (last, _, best, least), _ = jax.lax.scan(step, start, jnp.asarray(rates))
     better = loss(last) < least
     return Rounding(*jax.tree.map(lambda new, old: jnp.where(better, new, old), last, best))

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxquant._outliers import OutlierArray, dequantize_outliers, split_activation
@@ -16,7 +15,14 @@ from jaxquant.algorithms._apply import quantize_weight
 from jaxquant.algorithms._transform import WeightState, chain
 from jaxquant.algorithms.compensation import compensate
 from jaxquant.algorithms.gptq import gptq
-from jaxquant.algorithms.learned_rounding import initial, learned_rounding, soft_weight, start_from, train
+from jaxquant.algorithms.learned_rounding import (
+    falling_rates,
+    initial,
+    learned_rounding,
+    soft_weight,
+    start_from,
+    train,
+)
 from jaxquant.algorithms.llm_int8 import llm_int8, salient
 from jaxquant.algorithms.rtn import apply_rtn, rtn
 
@@ -135,7 +141,7 @@ def test_equal_inputs_need_no_compensation(rng):
 def test_learned_rounding_lowers_the_error(rng, qtype, optimizer):
     x, w = problem(rng)
     spec = QuantSpec(TensorSpec(qtype, PerGroup(16), range="mse", scale_dtype="bfloat16"))
-    transform = learned_rounding(steps=100, optimizer=optimizer)
+    transform = learned_rounding(output="layer", steps=100, optimizer=optimizer)
     q, report = quantize_weight(jnp.asarray(w), spec, transform, gather(x))
     assert report["error"] < report["error_rtn"]  # it keeps the best it saw, and starts from round-to-nearest
     assert q.scale.dtype == jnp.bfloat16
@@ -144,8 +150,13 @@ def test_learned_rounding_lowers_the_error(rng, qtype, optimizer):
 def test_learned_rounding_never_loses_to_its_start(rng):
     x, w = problem(rng)
     start = quantize_weight(jnp.asarray(w), W4, gptq(), gather(x))[1]["error"]
-    trained = quantize_weight(jnp.asarray(w), W4, chain(gptq(), learned_rounding(steps=20)), gather(x))[1]["error"]
+    learned = chain(gptq(), learned_rounding(output="layer", steps=20))
+    trained = quantize_weight(jnp.asarray(w), W4, learned, gather(x))[1]["error"]
     assert trained <= start * (1 + 1e-5)
+
+
+def start_of(state, spec):
+    return start_from(state.weight, state.codes, state.scale, state.zero_point, spec.weight.format)
 
 
 @pytest.mark.parametrize("qtype", ["int4", "uint3"])
@@ -153,7 +164,7 @@ def test_untrained_rounding_is_the_start(rng, qtype):
     _, w = problem(rng)
     spec = QuantSpec(TensorSpec(qtype, PerGroup(16)))
     state = apply_rtn(WeightState(jnp.asarray(w), init_statistics((), 64)), spec)
-    start = start_from(state, spec.weight)
+    start = start_of(state, spec)
     np.testing.assert_allclose(
         soft_weight(initial(start), start), dequantize_array(quantize_array(jnp.asarray(w), spec)), rtol=1e-6
     )
@@ -163,13 +174,13 @@ def test_rounding_trains_on_any_objective(rng):
     """A nonlinear function of the layer's output, as a block's, goes down."""
     x, w = problem(rng)
     state = apply_rtn(WeightState(jnp.asarray(w), gather(x)), W4)
-    start = start_from(state, W4.weight)
+    start = start_of(state, W4)
     target = jnp.tanh(jnp.asarray(x @ w))
 
     def loss(rounding):
         return jnp.mean(jnp.square(jnp.tanh(jnp.asarray(x) @ soft_weight(rounding, start)) - target))
 
-    trained = jax.jit(lambda r: train(loss, r, 60, optax.sign_sgd(optax.linear_schedule(0.01, 0, 60))))(initial(start))
+    trained = jax.jit(lambda r: train(loss, r, "sign", falling_rates(0.01, 60)))(initial(start))
     assert loss(trained) < 0.9 * loss(initial(start))
 
 
@@ -183,6 +194,12 @@ def test_refusals(rng):
         llm_int8(capacity=0)
     with pytest.raises(ValueError, match="accepted: 'sign', 'adam'"):
         learned_rounding(optimizer="sgd")
+    with pytest.raises(ValueError, match="accepted: 'block', 'layer'"):
+        learned_rounding(output="model")
+    with pytest.raises(ValueError, match="cuts=0; all must be positive"):
+        learned_rounding(cuts=0)
+    with pytest.raises(ValueError, match="learned_rounding trains on the outputs of a block"):
+        chain(learned_rounding(), gptq())
 
 
 def test_rtn_is_quantize_array(rng):
