@@ -172,7 +172,8 @@ def expert_shares(model: Decoder, params: Any, windows: jax.Array) -> list[list[
         params, windows[:, :-1].astype(jnp.int32)
     )
     chosen = [route(logits, experts.per_token, False)[1] for logits in jax.tree.leaves(sown["router"])]
-    return [jnp.mean(jax.nn.one_hot(c, experts.count), axis=(0, 1)).round(4).tolist() for c in chosen]
+    shares = [np.bincount(np.asarray(c).reshape(-1), minlength=experts.count) / c.size for c in chosen]
+    return [[round(share, 4) for share in layer.tolist()] for layer in shares]
 
 
 def held_out_windows(tokens: np.ndarray, context: int) -> np.ndarray:
