@@ -286,11 +286,12 @@ def _batchable(call):
 def _dispatch(call, rows, weights):
     """Run the named implementation, or the one for the platform that the program is lowered for."""
     x, head, xla = rows[0], weights[0], functools.partial(_reference, call.out_dtype)
-    if call.implementation == "xla" or x.shape[0] == 0:
+    m, k = x.shape
+    if call.implementation == "xla" or m == 0:
         return xla(rows, weights)
     n, groups = sum(weight.scale.shape[1] for weight in weights), head.scale.shape[0]
     zero = head.zero_point is not None
-    config = call.config or default_config(*x.shape, n, groups, x.dtype, zero, head.scale.dtype)
+    config = call.config or default_config(m, k, n, groups, x.dtype, zero, head.scale.dtype)
 
     def kernel(rows, weights):
         x, x_scale = rows
