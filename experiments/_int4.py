@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 from experiments._clock import rotations
 from experiments._workers import stage
+from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.int4_matmul import dequantize, pack
 
 # Outputs are rounded to 16 bits once and, when scaled before the product, so are the weights: each is off by at most
-# half an eps of its own size, so that the norm of the error stays under one eps of the norm of the result.
-TOLERANCE = {"bfloat16": 2.0**-8, "float16": 2.0**-10}
+# half an eps of its own size, so that the norm of the error stays under one eps of the norm of the result. The fp8
+# tensor core truncates sums to about 14 bits: below that in 16 bits, and what is left in 32.
+TOLERANCE = {"bfloat16": 2.0**-8, "float16": 2.0**-10, "float32": 2.0**-10}
 
 
 def problem(
@@ -31,18 +33,27 @@ def problem(
 ) -> dict:
     """`x`, and `copies` of packed weights with their scales: fresh random values of a trained layer's sizes.
 
-    `code` makes every code that one: -8 and 7 are the extremes of the format.
+    An 8-bit `dtype` gives x's codes and their scales. `code` makes every code of the weight that one: -8 and 7 are the
+    extremes of the format.
     """
     keys = iter(jax.random.split(jax.random.key(seed), 3 + 3 * copies))
-    groups = k // group
-    scale_dtype, (low, high) = scale_dtype or dtype, (-8, 8) if code is None else (code, code + 1)
+    groups, codes_of_x = k // group, jnp.dtype(dtype).itemsize == 1
+    wide = "bfloat16" if codes_of_x else dtype
+    scale_dtype, (low, high) = scale_dtype or wide, (-8, 8) if code is None else (code, code + 1)
+    x_bytes = jnp.dtype(dtype).itemsize
     scales = lambda: (jax.random.uniform(next(keys), (groups, n), jnp.float32, 0.5, 1.5) * 0.02).astype(scale_dtype)  # noqa: E731
-    codes = lambda: pack(jax.random.randint(next(keys), (k, n), low, high, jnp.int8))  # noqa: E731
-    zeros = lambda: jax.random.randint(next(keys), (groups, n), -8, 8, jnp.int8).astype(dtype)  # noqa: E731
+    codes = lambda: pack(  # noqa: E731
+        jax.random.randint(next(keys), (k, n), low, high, jnp.int8), x_bytes=x_bytes
+    )
+    zeros = lambda: jax.random.randint(next(keys), (groups, n), -8, 8, jnp.int8).astype(wide)  # noqa: E731
+    x, x_scale = jax.random.normal(next(keys), (m, k), jnp.dtype(wide)), None
+    if codes_of_x:
+        x, x_scale = activation_quant(x, dtype, implementation="xla")
     return {
-        "x": jax.random.normal(next(keys), (m, k), jnp.dtype(dtype)),
+        "x": x,
+        "x_scale": x_scale,
         "weights": [(codes(), scales(), zeros() if zero else None) for _ in range(copies)],
-        "bias": jax.random.normal(next(keys), (n,), jnp.dtype(dtype)) if bias else None,
+        "bias": jax.random.normal(next(keys), (n,), jnp.dtype(wide)) if bias else None,
     }
 
 
@@ -52,10 +63,12 @@ def copies_for(k: int, n: int) -> int:
 
 
 @jax.jit
-def relative_error(out, x, qweight, scale, zero, bias):
+def relative_error(out, x, qweight, scale, zero, bias, x_scale=None):
     """`|out - exact| / |exact|` against float32 products at the highest precision."""
-    weight = dequantize(qweight, scale, zero, x.shape[1])
+    weight = dequantize(qweight, scale, zero, x.shape[1], x_bytes=x.dtype.itemsize)
     exact = jnp.matmul(x.astype(jnp.float32), weight, precision="highest")
+    if x_scale is not None:
+        exact = exact * x_scale
     if bias is not None:
         exact = exact + bias.astype(jnp.float32)[None, :]
     return jnp.linalg.norm(out.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
@@ -68,20 +81,21 @@ def _compiled_error(*shapes):
     return relative_error.lower(*shapes).compile(compiler_options=options)
 
 
-def compiled_check(data: dict, run: Callable[[], jax.Array]) -> Callable[[], dict]:
+def compiled_check(data: dict, run: Callable[[], jax.Array], out_dtype=None) -> Callable[[], dict]:
     """Compile the check of the product with the first weight.
 
     Args:
       data: a problem.
       run: the product.
+      out_dtype: of its result; x's by default.
 
     Returns:
       A function that runs the product twice over poisoned memory and returns its error, and whether both runs agree
       bit for bit.
     """
     qweight, scale, zero = data["weights"][0]
-    operands = (data["x"], qweight, scale, zero, data["bias"])
-    shape, dtype = (data["x"].shape[0], scale.shape[1]), data["x"].dtype
+    operands = (data["x"], qweight, scale, zero, data["bias"], data["x_scale"])
+    shape, dtype = (data["x"].shape[0], scale.shape[1]), jnp.dtype(out_dtype or data["x"].dtype)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), operands)
     error_of = _compiled_error(jax.ShapeDtypeStruct(shape, dtype), *shapes)
 
@@ -95,7 +109,8 @@ def compiled_check(data: dict, run: Callable[[], jax.Array]) -> Callable[[], dic
             outs.append(jax.block_until_ready(run()))
         stage("its error")
         error = float(error_of(outs[0], *operands))
-        same = bool((outs[0].view(jnp.int16) == outs[1].view(jnp.int16)).all())
+        bits = [out.view(f"int{8 * dtype.itemsize}") for out in outs]
+        same = bool((bits[0] == bits[1]).all())
         return {"relative_error": error, "deterministic": same, "ok": error <= TOLERANCE[dtype.name] and same}
 
     return check
