@@ -59,7 +59,7 @@ class Execution(Interpreter):
         return in_steps(eqns)
 
     def apply_step(self, frame: Frame, eqns: Sequence[core.JaxprEqn]) -> list[Sequence[Value]]:
-        """Multiplies siblings by one launch where their weights are packed for it, and lets the rules find the products."""
+        """Multiplies siblings in one launch where their weights are packed for it; the rules find the products."""
         siblings: dict[int, tuple[Value, list]] = {}
         for eqn in eqns if len(eqns) > 1 else ():
             operands = sibling_operands(self, eqn, [frame.read(atom) for atom in eqn.invars])

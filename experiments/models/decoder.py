@@ -20,8 +20,9 @@ Params = dict[str, Any]
 class KVCache:
     """Keys and values of the tokens seen so far, in buffers of a fixed capacity S.
 
-    `key` and `value` hold one array [B, S, KH, D] for each layer; `length` (int32 scalar) tokens of them are filled,
-    the same number in each sequence. Nothing can check a traced length: the caller keeps it within the capacity.
+    `key` and `value` hold one array [B, KH, S, D] for each layer, as the products of attention read them; `length`
+    (int32 scalar) tokens of them are filled, the same number in each sequence. Nothing can check a traced length: the
+    caller keeps it within the capacity.
     """
 
     key: tuple[jax.Array, ...]
@@ -175,7 +176,7 @@ class Decoder(nn.Module):
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """Returns an empty cache for `batch` sequences of at most `capacity` tokens, prompt and answer together."""
         c = self.config
-        shape = (batch, capacity, c.num_key_value_heads, c.head_dim)
+        shape = (batch, c.num_key_value_heads, capacity, c.head_dim)
         key, value = (tuple(jnp.zeros(shape, self.dtype) for _ in c.layer_windows) for _ in range(2))
         return KVCache(key, value, jnp.int32(0))
 
@@ -224,7 +225,7 @@ def attend_within(query, key, value, window: int | None, implementation: str) ->
     """Returns causal attention [B, T, H, D] of a whole sequence over itself."""
     if implementation == "xla":
         at = jnp.arange(query.shape[1], dtype=jnp.int32)
-        return attend(query, key, value, _visible(at, at, window))
+        return attend(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), _visible(at, at, window))
     local = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
         query, key, value, is_causal=True, local_window_size=local, implementation=implementation
@@ -233,27 +234,29 @@ def attend_within(query, key, value, window: int | None, implementation: str) ->
 
 def attend_cached(query, key, value, cache: tuple[jax.Array, ...], window: int | None):
     """Writes key and value [B, T, KH, D] into the cache; returns attention over it and the new cache arrays."""
-    cached_key, cached_value, start = cache
+    *cached, start = cache
     zero = jnp.zeros_like(start)
-    key = jax.lax.dynamic_update_slice(cached_key, key.astype(cached_key.dtype), (zero, start, zero, zero))
-    value = jax.lax.dynamic_update_slice(cached_value, value.astype(cached_value.dtype), (zero, start, zero, zero))
+    key, value = (
+        jax.lax.dynamic_update_slice(held, jnp.swapaxes(new, 1, 2).astype(held.dtype), (zero, zero, start, zero))
+        for held, new in zip(cached, (key, value), strict=True)
+    )
     at = start + jnp.arange(query.shape[1], dtype=jnp.int32)
-    slot = jnp.arange(key.shape[1], dtype=jnp.int32)
+    slot = jnp.arange(key.shape[2], dtype=jnp.int32)
     mixed = attend(query, key.astype(query.dtype), value.astype(query.dtype), _visible(at, slot, window))
     return mixed, key, value
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-    """Returns attention [B, T, H, D] of queries over keys and values [B, S, KH, D] where `visible` [T, S] is True.
+    """Returns attention [B, T, H, D] of queries over keys and values [B, KH, S, D] where `visible` [T, S] is True.
 
     Scores and softmax are float32. (`jax.nn.dot_product_attention` does the same, but not in bfloat16 under
     `jax_numpy_dtype_promotion="strict"`.)
     """
     batch, length, heads, head_dim = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
+    grouped = query.reshape(batch, length, key.shape[1], heads // key.shape[1], head_dim)
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, key, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
     weights = jax.nn.softmax(jnp.where(visible[None, None, None], scores, -jnp.inf), axis=-1)
-    mixed = jnp.einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
+    mixed = jnp.einsum("bkgts,bksd->btkgd", weights.astype(value.dtype), value)
     return mixed.reshape(query.shape)
 
 
