@@ -1,4 +1,4 @@
-"""Rows sorted by expert times their experts' weights: int4 with 16-bit activations, int8 and fp8 with 8-bit ones."""
+"""Rows sorted by expert times their experts' weights: int4 with 16- or 8-bit activations, int8 and fp8 with 8-bit."""
 
 import dataclasses
 import functools
@@ -54,10 +54,10 @@ def grouped_matmul(
     activations: in the scales only); under `vmap` one product after another.
 
     Args:
-      x: `[T, K]` bfloat16 or float16; with 8-bit weights these are quantized here, a scale a row, or come as codes of
-        the weight's dtype with `x_scale`.
-      qweight: int4 codes `[E, ceil(N / 64), ceil(K / 64), 2, 256]` int32 from `int4_matmul.pack`, or int8 or
-        float8_e4m3fn `[E, padded N, padded K]` from `int8_matmul.pack`.
+      x: `[T, K]` bfloat16 or float16, or 8-bit codes with `x_scale`: int8 or float8_e4m3fn with int4 weights, else of
+        the weight's dtype. With 8-bit weights a floating x is quantized here, a scale a row.
+      qweight: int4 codes `[E, ceil(N / 64), ceil(K / 64), 2, 256]` int32 from `int4_matmul.pack` for x's bytes, or int8
+        or float8_e4m3fn `[E, padded N, padded K]` from `int8_matmul.pack`.
       scale: `[E, K / group, N]`, any sign; one row for per-channel scales (8-bit weights take no other).
       zero_point: of int4 codes, like `scale`, in the units of the codes (-8..7), whole numbers.
       group_sizes: `[E]` integers, rows of each expert: any sizes, also zero; their sum is at most T.
@@ -153,8 +153,8 @@ def _check(x, qweight, scale, zero_point, group_sizes, x_scale, activation, row_
 
 
 def _check_dtypes(x, qweight, group_sizes, x_scale, zero_point):
-    codes = qweight.dtype if qweight.dtype != jnp.int32 else jnp.dtype(jnp.int8)
-    accepted = (jnp.bfloat16, jnp.float16) if x_scale is None else (codes,)
+    codes = (qweight.dtype,) if qweight.dtype != jnp.int32 else (jnp.int8, jnp.float8_e4m3fn)
+    accepted = (jnp.bfloat16, jnp.float16) if x_scale is None else codes
     if x.dtype not in accepted:
         raise TypeError(
             f"x is {x.dtype} {'without' if x_scale is None else 'with'} x_scale; accepted are "

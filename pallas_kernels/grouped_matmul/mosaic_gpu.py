@@ -18,8 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.config import ALIGNMENT, BLOCK, HOPPER_SMS, TILE, Config, tile_bound
 from pallas_kernels.grouped_matmul.epilogue import PER_COLUMN, PER_ROW, STAGING, silu_mul, store_rows
-from pallas_kernels.grouped_matmul.product import exact, promoted, scaled_after, scaled_before
+from pallas_kernels.grouped_matmul.product import product_of
 from pallas_kernels.grouped_matmul.tiles import COLUMN, EXPERT, FIRST, HIGH, LOW, tile_map
+from pallas_kernels.int4_matmul.config import products_k
 
 # Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at
 # launch (168, 128, 96) pays for what the others take, in steps of 8.
@@ -35,13 +36,13 @@ def grouped_matmul_mosaic_gpu(
     depth = TILE if scale.shape[1] == 1 else min(TILE, k // scale.shape[1])
     if rows > ALIGNMENT or k % depth:  # The copy engine addresses x in tiles of 8 rows by 64 (or 32) inputs.
         x = jnp.pad(x, ((0, -rows % ALIGNMENT if rows > ALIGNMENT else 0), (0, -k % depth)))
-    refs = {"x": x, "weight": qweight, "scale": scale}
+    refs = {"x": x, "w": qweight, "scale": scale}
     if zero_point is not None:
         refs["zero"] = zero_point
     for name, vector in (("x_scale", x_scale), ("row_scale", row_scale)):
         if vector is not None:  # a tile at the end reads on
             refs[name] = jnp.pad(vector.astype(jnp.float32).reshape(-1), (0, config.block_m))
-    plan = _Plan(rows, x, qweight, scale, activation, out_dtype, config)
+    plan = _Plan(rows, x, qweight, scale, zero_point is not None, activation, out_dtype, config)
     refs["tiles"], refs["count"] = tile_map(group_sizes, rows, plan.n_tiles, config)
     names = tuple(refs)
     kernel = plgpu.kernel(
@@ -57,41 +58,44 @@ def grouped_matmul_mosaic_gpu(
 
 
 class _Plan:
-    """The static geometry of one launch."""
+    """The static geometry of one launch; the products of int4_matmul read it too."""
 
-    def __init__(self, rows, x, qweight, scale, activation, out_dtype, config):
+    def __init__(self, rows, x, qweight, scale, has_zero_point, activation, out_dtype, config):
         self.config, self.gated, self.int4 = config, activation == "silu_mul", qweight.dtype == jnp.int32
-        self.x_dtype, self.scale_dtype, self.out_dtype = x.dtype, scale.dtype, jnp.dtype(out_dtype)
-        self.num_experts, num_groups, n = scale.shape
+        self.dtype, self.scale_dtype, self.out_dtype = x.dtype, scale.dtype, jnp.dtype(out_dtype)
+        self.has_zero_point, self.x_bytes = has_zero_point, x.dtype.itemsize
+        self.num_experts, num_groups, self.n = scale.shape
         k = x.shape[1]
-        self.n_tiles, self.k_steps = pl.cdiv(n, config.block_n), pl.cdiv(k, config.block_k)
-        self.n, self.columns = n, n // 2 if self.gated else n
-        self.group_size = k // num_groups if num_groups > 1 else self.k_steps * config.block_k
+        self.n_tiles, self.k_steps = pl.cdiv(self.n, config.block_n), pl.cdiv(k, config.block_k)
+        self.columns = self.n // 2 if self.gated else self.n
+        self.grouped = num_groups > 1
+        self.group_size = k // num_groups if self.grouped else self.k_steps * config.block_k
         self.scale_rows = max(1, config.block_k // self.group_size)
         # Inputs that share a scale inside a stage, and inputs of one call of wgmma.
         self.group_k = min(self.group_size, config.block_k)
-        self.wgmma_k = min(self.group_k, TILE if self.int4 else BLOCK)
-        if self.int4:
-            self.product = scaled_after if config.scale_after else scaled_before
-        else:
-            self.product = exact if x.dtype == jnp.int8 else promoted
+        self.wgmma_k = products_k(config.block_k, self.group_size, self.x_bytes) if self.int4 else BLOCK
+        self.acc_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+        self.code_factor = 16.0 if self.int4 and x.dtype == jnp.int8 else 1.0  # what unpacking multiplies codes by
+        # A channel's scale of 8-bit products waits for the result.
+        self.ring_scales = self.x_bytes == 2 or self.grouped
         # Rows that are staged and stored at a time.
         self.piece = min(config.block_m // 2 if self.gated else config.block_m, TILE)
         self.num_blocks = min(HOPPER_SMS, tile_bound(rows, self.num_experts, config.block_m) * self.n_tiles)
 
-    def scratch(self, has_zero_point: bool):
+    def scratch(self):
         """Shared memory and barriers, by name."""
         c, stages = self.config, self.config.num_stages
         scratch = {
-            "x": _tiled((stages, c.block_m, c.block_k), self.x_dtype, self.wgmma_k),
+            "x": _tiled((stages, c.block_m, c.block_k), self.dtype, self.wgmma_k),
             "out": plgpu.SMEM((c.num_warpgroups, 2, self.piece, TILE), self.out_dtype, transforms=STAGING),
-            "full": plgpu.Barrier(num_arrivals=2 + self.int4 + has_zero_point, num_barriers=stages),
+            "full": plgpu.Barrier(num_arrivals=2 + self.ring_scales + self.has_zero_point, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
         }
-        if not self.int4:
-            return scratch | {"weight": _tiled((stages, c.block_n, c.block_k), self.x_dtype, BLOCK)}
-        scratch["weight"] = plgpu.SMEM((stages, c.num_warpgroups, c.block_k // TILE, 2, 256), jnp.int32)
-        for name in ("scale", "zero") if has_zero_point else ("scale",):
+        if self.int4:
+            scratch["w"] = plgpu.SMEM((stages, c.num_warpgroups, c.block_k // TILE, 2, 256), jnp.int32)
+        else:
+            scratch["w"] = _tiled((stages, c.block_n, c.block_k), self.dtype, BLOCK)
+        for name in ("scale",) * self.ring_scales + ("zero",) * self.has_zero_point:
             scratch[name] = plgpu.SMEM((stages, self.scale_rows, c.block_n), self.scale_dtype)
         return scratch
 
@@ -125,7 +129,7 @@ def _body(plan: _Plan, refs, out):
                 plgpu.set_max_registers(_COMPUTE_REGISTERS[compute], action="increase")
             _compute_tiles(plan, warpgroup, refs, out, smem)
 
-    pl.run_scoped(scoped, plan.scratch("zero" in refs), collective_axes="warpgroup")
+    pl.run_scoped(scoped, plan.scratch(), collective_axes="warpgroup")
 
 
 def _for_each_tile(plan: _Plan, refs, visit):
@@ -161,12 +165,12 @@ def _copy_tiles(plan: _Plan, refs, smem):
             if plan.int4:
                 k_tiles = c.block_k // TILE
                 outputs = pl.ds(tile[COLUMN] * c.num_warpgroups, c.num_warpgroups)
-                groups = pl.ds(lax.div(step * c.block_k, plan.group_size), plan.scale_rows)
-                sources["weight"] = refs["weight"].at[tile[EXPERT], outputs, pl.ds(step * k_tiles, k_tiles)]
-                for name in ("scale", "zero") if "zero" in refs else ("scale",):
-                    sources[name] = refs[name].at[tile[EXPERT], groups, columns]
+                sources["w"] = refs["w"].at[tile[EXPERT], outputs, pl.ds(step * k_tiles, k_tiles)]
             else:
-                sources["weight"] = refs["weight"].at[tile[EXPERT], columns, inputs]
+                sources["w"] = refs["w"].at[tile[EXPERT], columns, inputs]
+            groups = pl.ds(lax.div(step * c.block_k, plan.group_size), plan.scale_rows)
+            for name in ("scale",) * plan.ring_scales + ("zero",) * plan.has_zero_point:
+                sources[name] = refs[name].at[tile[EXPERT], groups, columns]
             for name, source in sources.items():
                 plgpu.copy_gmem_to_smem(source, smem[name].at[slot], smem["full"].at[slot])
             return at + 1
@@ -180,10 +184,10 @@ def _copy_tiles(plan: _Plan, refs, smem):
 
 def _compute_tiles(plan: _Plan, warpgroup, refs, out, smem):
     """Multiply this warpgroup's 64 outputs of every tile, finish them, store."""
-    c = plan.config
+    c, product = plan.config, product_of(plan)
 
     def visit(tile, steps, position):
-        totals = plan.product(plan, warpgroup, smem, steps, position)
+        totals = product(plan, warpgroup, smem, 0, steps, position)
         for i, sums in enumerate(totals):
             first_column = tile[COLUMN] * c.block_n + (warpgroup * c.row_tiles + i) * TILE
             _finish(plan, warpgroup, refs, out, smem, sums, tile, first_column)
@@ -199,7 +203,8 @@ def _finish(plan: _Plan, warpgroup, refs, out, smem, sums, tile, first_column):
         for name in ("x_scale", "row_scale")
         if name in refs
     }
-    if not plan.int4:
+    sums = sums.astype(jnp.float32)
+    if not plan.ring_scales:
         # The expert that owns nothing, and outputs past the last, read some other scale.
         where = (
             jnp.minimum(tile[EXPERT], plan.num_experts - 1),
@@ -208,7 +213,8 @@ def _finish(plan: _Plan, warpgroup, refs, out, smem, sums, tile, first_column):
         )
         scale = plgpu.load(refs["scale"].at[where], layout=PER_ROW, optimized=False).astype(jnp.float32)
         sums = sums * lax.broadcast_in_dim(scale, sums.shape, (0,))
-        sums = sums * lax.broadcast_in_dim(of_row["x_scale"], sums.shape, (1,))
+    if "x_scale" in of_row:
+        sums = sums * lax.broadcast_in_dim(of_row["x_scale"] * (1 / plan.code_factor), sums.shape, (1,))
     row_scale = of_row.get("row_scale")
     if plan.gated:
         sums, first_column = silu_mul(sums, row_scale), lax.div(first_column, jnp.int32(2))

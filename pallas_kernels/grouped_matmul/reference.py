@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.grouped_matmul.layout import separate
-from pallas_kernels.int4_matmul.reference import dequantize
+from pallas_kernels.int4_matmul.reference import int4_matmul_reference
 from pallas_kernels.int8_matmul.reference import int8_matmul_reference
 
 
@@ -51,7 +51,4 @@ def _product(x, x_scale, qweight, scale, zero_point) -> jax.Array:
     """`[T, N]` float32: every row times one expert's weight."""
     if qweight.ndim == 2:
         return int8_matmul_reference(x, qweight, x_scale, scale, None, None, None, jnp.float32)
-    weight = dequantize(qweight, scale, zero_point, x.shape[1])
-    if x_scale is not None:
-        return jnp.matmul(x.astype(jnp.float32), weight, precision="highest") * x_scale
-    return lax.dot_general(x, weight.astype(x.dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return int4_matmul_reference(x, x_scale, qweight, scale, zero_point, None, out_dtype=jnp.float32)

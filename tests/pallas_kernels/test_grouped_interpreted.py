@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import Config, interleave
 from pallas_kernels.int4_matmul import pack
-from tests.pallas_kernels.test_int4_interpreted import unpack_int4, wgmma_from_registers
+from tests.pallas_kernels.test_int4_interpreted import unpack_int4, unpack_int4_bytes
 
 kernel = importlib.import_module("pallas_kernels.grouped_matmul.mosaic_gpu")
-product = importlib.import_module("pallas_kernels.grouped_matmul.product")
+products = importlib.import_module("pallas_kernels.int4_matmul.products")
 
 
 def silu_mul(sums, row_scale=None):
@@ -46,11 +45,11 @@ def store_rows(staging, out, first_row, low, high, first_column, *, columns, sec
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    monkeypatch.setattr(product, "unpack_int4", unpack_int4)
+def interpreted(monkeypatch, complete_interpreter):
+    monkeypatch.setattr(products, "unpack_int4", unpack_int4)
+    monkeypatch.setattr(products, "unpack_int4_bytes", unpack_int4_bytes)
     monkeypatch.setattr(kernel, "silu_mul", silu_mul)
     monkeypatch.setattr(kernel, "store_rows", store_rows)
-    monkeypatch.setattr(gpu_callbacks, "wgmma", wgmma_from_registers(gpu_callbacks.wgmma))
 
     def run(*operands, **options):
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(inline_mgpu="ignore")):
