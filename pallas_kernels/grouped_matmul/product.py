@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.epilogue import TILE
+from pallas_kernels.int4_matmul.config import DEEPEST_FP8
 from pallas_kernels.int4_matmul.products import product_of as int4_product_of
-from pallas_kernels.int8_matmul.mosaic_gpu import DEEPEST
 
 
 def product_of(plan):
@@ -47,7 +47,7 @@ def _exact(plan, warpgroup, smem, first, last, position) -> tuple[jax.Array, ...
 def _promoted(plan, warpgroup, smem, first, last, position) -> tuple[jax.Array, ...]:
     """fp8: a product every 256 inputs at most, added to float32 totals: the tensor core keeps about 14 bits."""
     c = plan.config
-    depth = min(DEEPEST, c.block_k)
+    depth = min(DEEPEST_FP8, c.block_k)
 
     def part(slot, i, first_k):
         def multiply(acc):
