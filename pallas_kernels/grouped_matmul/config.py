@@ -93,8 +93,9 @@ def supports(
         return _unsupported_8_bit(x_dtype, weight_dtype, scale_dtype, config)
     if config is not None and config.row_tiles > 1:
         return f"row_tiles = {config.row_tiles}; int4 weights take 1"
-    if config is not None and x_dtype.itemsize == 1 and config.block_m > BLOCK and num_groups > 1:
-        return f"block_m = {config.block_m} with groups of 8-bit products, whose sums take the registers of {BLOCK}"
+    promoted = x_dtype == jnp.float8_e4m3fn or (x_dtype == jnp.int8 and num_groups > 1)
+    if config is not None and promoted and config.block_m > BLOCK:
+        return f"block_m = {config.block_m} with float32 totals of 8-bit products: registers hold {BLOCK} of both"
     dense = None if config is None else config.dense()
     return int4_config.supports(
         k, BLOCK, num_groups, x_dtype, config=dense, has_zero_point=has_zero_point, scale_dtype=scale_dtype
