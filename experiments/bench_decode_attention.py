@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 from experiments import _attention, _workers
 from experiments._clock import microseconds_of_each_kernel
-from pallas_kernels.decode_attention import Config, decode_attention
+from pallas_kernels.decode_attention import Cache, Config, decode_attention
 from pallas_kernels.decode_attention.cases import CORRECTNESS, SPEED, Case
 
-FORMATS = {"bf16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+BITS = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4, "int2": 2}
 SWEEP = {
-    "int8": [(64, 3, 1), (64, 2, 2), (64, 2, 4), (64, 4, 4), (64, 6, 2), (128, 2, 1), (128, 2, 2), (128, 3, 2)],
-    "bf16": [(64, 2, 1), (64, 2, 2), (64, 6, 1), (128, 2, 1)],
+    "int8": [(64, 2, 1), (64, 3, 1), (64, 3, 2), (64, 4, 2), (64, 4, 4), (128, 2, 1), (128, 2, 2)],
+    "int4": [(64, 2, 1), (64, 3, 1), (64, 4, 1), (64, 4, 2), (64, 6, 2), (128, 2, 1), (128, 3, 2)],
 }
 # Weights and the result are rounded to bfloat16 (relative 2**-9 each, 2**-8 at worst) once more than the reference's.
 TOLERANCE = 2.0**-7
@@ -40,9 +40,9 @@ def main():
 def items(sweep: bool) -> list[dict]:
     """The rows to run, most wanted first."""
     item = lambda case, mode, config=None: {"case": case, "mode": mode, "config": config}  # noqa: E731
-    fast = [item(case, mode) for case in SPEED for mode in ("cudnn", "int8", "bf16", "fp8")]
-    checks = [item(case, mode) for case in CORRECTNESS for mode in FORMATS]
-    splits = [item("ragged", "int8", [64, 2, split]) for split in (1, 2, 4, 8)]
+    fast = [item(case, mode) for case in SPEED for mode in ("cudnn", "int4", "int8", "fp8", "bf16", "int2")]
+    checks = [item(case, mode) for case in CORRECTNESS for mode in BITS]
+    splits = [item("ragged", mode, [64, 2, split]) for mode in ("int8", "int4") for split in (1, 2, 4, 8)]
     swept = [
         item(case, mode, list(config)) for mode, configs in SWEEP.items() for config in configs
         for case in ("b16_s4096", "b64_s8192")
@@ -72,24 +72,37 @@ def inputs(case: Case, mode: str, key: jax.Array) -> tuple:
     if mode == "cudnn":
         shape = (case.batch, case.tokens, case.kv_heads, case.head_dim)
         return q, *(jax.random.normal(k, shape, jnp.bfloat16) for k in keys[1:3]), lengths
+    cache = _cache(case, mode, keys[1:])
+    return q, {name: x for name, x in cache._asdict().items() if x is not None}, lengths
+
+
+def _cache(case: Case, mode: str, keys) -> Cache:
+    """Bytes of any value but NaN's: the kernel must take every code."""
     size = case.page_size or case.tokens
     rows = case.batch * case.tokens // size
-    k_shape, v_shape = (rows, case.kv_heads, size, case.head_dim), (rows, case.kv_heads, case.head_dim, size)
-    if mode == "bf16":
-        cache = {name: jax.random.normal(k, s, jnp.bfloat16) for name, k, s in
-                 (("k", keys[1], k_shape), ("v", keys[2], v_shape))}  # fmt: skip
-    else:
-        # Bytes of any value but NaN's: the kernel must take every code.
-        codes = (jax.lax.bitcast_convert_type(jax.random.bits(k, s, jnp.uint8), jnp.int8) for k, s in
-                 ((keys[1], k_shape), (keys[2], v_shape)))  # fmt: skip
-        if mode == "fp8":
-            codes = (jax.lax.bitcast_convert_type(jnp.where((c & 127) == 127, 0, c), jnp.float8_e4m3fn) for c in codes)
-        largest = 127.0 if mode == "int8" else 448.0
-        scales = (jax.random.uniform(k, k_shape[:3], minval=1 / largest, maxval=4 / largest) for k in keys[3:5])
-        cache = dict(zip(("k", "v", "k_scale", "v_scale"), (*codes, *scales), strict=True))
+    head = rows, case.kv_heads
+    k_shape, v_shape = (*head, size, case.head_dim), (*head, case.head_dim, size)
+    table = None
     if case.page_size is not None:
-        cache["page_table"] = jax.random.permutation(keys[5], rows).astype(jnp.int32).reshape(case.batch, -1)
-    return q, cache, lengths
+        table = jax.random.permutation(keys[4], rows).astype(jnp.int32).reshape(case.batch, -1)
+    if mode == "bf16":
+        return Cache(*map(jax.random.normal, keys[:2], (k_shape, v_shape), 2 * [jnp.bfloat16]), page_table=table)
+    if BITS[mode] < 8:
+        packed = 8 // BITS[mode]
+        k_shape, v_shape = (*head, size // packed, case.head_dim), (*head, case.head_dim // packed, size)
+        codes = [jax.random.bits(k, s, jnp.uint8) for k, s in zip(keys, (k_shape, v_shape), strict=False)]
+        grids = [(*head, size // 32, case.head_dim), (*head, case.head_dim // 32, size)]
+        scales = [jax.random.uniform(k, s, jnp.float16, 1, 3) for k, s in zip(keys[2:], grids, strict=False)]
+        offsets = [-1.5 * x for x in scales]  # elements from -scale / 2 to scale / 2
+        recent = jax.random.normal(keys[4], (case.batch, case.kv_heads, 128, case.head_dim), jnp.bfloat16)
+        return Cache(*codes, *scales, *offsets, recent, table)
+    codes = [jax.lax.bitcast_convert_type(jax.random.bits(k, s, jnp.uint8), jnp.int8) for k, s in
+             ((keys[0], k_shape), (keys[1], v_shape))]  # fmt: skip
+    if mode == "fp8":
+        codes = [jax.lax.bitcast_convert_type(jnp.where((c & 127) == 127, 0, c), jnp.float8_e4m3fn) for c in codes]
+    largest = 127.0 if mode == "int8" else 448.0
+    scales = (jax.random.uniform(k, k_shape[:3], minval=1 / largest, maxval=4 / largest) for k in keys[2:4])
+    return Cache(*codes, *scales, page_table=table)
 
 
 def _program(case: Case, item: dict):
@@ -131,7 +144,8 @@ def _exact(args, sequence: int, *, mode: str, case: Case) -> jax.Array:
         k, v = (x[sequence : sequence + 1].astype(jnp.float32) for x in rest)
         cache = {"k": k.transpose(0, 2, 1, 3), "v": v.transpose(0, 2, 3, 1)}
     elif case.page_size is not None:
-        cache = dict(rest[0], page_table=rest[0]["page_table"][sequence : sequence + 1])
+        own = {name: rest[0][name][sequence : sequence + 1] for name in ("page_table", "recent") if name in rest[0]}
+        cache = rest[0] | own
     else:
         cache = {name: x[sequence : sequence + 1] for name, x in rest[0].items()}
     if mode == "bf16":
@@ -142,7 +156,7 @@ def _exact(args, sequence: int, *, mode: str, case: Case) -> jax.Array:
 
 def _times(program, args, case: Case, mode: str) -> dict:
     us, medians = microseconds_of_each_kernel(program, args)
-    bytes_read = case.bytes_read(1 if mode in ("int8", "fp8") else 2)
+    bytes_read = case.bytes_read(BITS.get(mode, 16))
     return {
         "us": us,
         "terabytes_per_s": bytes_read / us / 1e6,

@@ -26,7 +26,11 @@ from jaxquant._spec import PerGroup, PerToken, TensorSpec
 from jaxquant._views import Unrepresentable, packed_dim
 from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.attention import attention as attention
+from pallas_kernels.decode_attention import Cache as Cache
 from pallas_kernels.decode_attention import decode_attention as decode_attention
+from pallas_kernels.decode_attention import dequantize as dequantize_cache
+from pallas_kernels.decode_attention import layout as kv_layout
+from pallas_kernels.decode_attention import quantized_tokens as quantized_tokens
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul import interleave as interleave
 from pallas_kernels.grouped_matmul import separate as separate

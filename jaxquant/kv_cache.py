@@ -8,16 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant._kv_groups import (
-    SCALE_DTYPE,
-    dequantize_groups,
-    fill_ring,
-    quantize_groups,
-    quantized_tokens,
-    take_groups,
-    unroll_ring,
-)
-from jaxquant._ops import decode_attention
+from jaxquant._kv_groups import SCALE_DTYPE, fill_ring, quantize_groups, take_groups, unroll_ring
+from jaxquant._ops import Cache, decode_attention, dequantize_cache, kv_layout, quantized_tokens
 
 EIGHT_BIT = {"int8": 127.0, "float8_e4m3fn": 448.0}
 GROUPED = {"int4": 4, "int2": 2}
@@ -28,7 +20,7 @@ SMALLEST_ABSMAX = 1e-20  # keeps the scale of an all-zero token positive
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "key", "value", "key_scale", "value_scale", "key_minimum", "value_minimum", "recent",
+        "key", "value", "key_scale", "value_scale", "key_offset", "value_offset", "recent",
         "lengths", "overflowed", "page_table", "free_pages", "num_free",
     ],
     meta_fields=["format", "dtype", "head_dim"],
@@ -44,11 +36,12 @@ class KVCache:
     Attributes:
         key: [B, K, S, H] of the format; packed along S for "int4" and "int2". Pages [P, K, S, H] of a paged cache.
         value: [B, K, H, S], transposed; packed along H for "int4" and "int2". Pages [P, K, H, S] of a paged cache.
-        key_scale: [B or P, K, S] float32 of an 8-bit format, [B, K, S / group, H] float16 of a grouped one.
-        value_scale: [B or P, K, S] float32 of an 8-bit format, [B, K, H / group, S] float16 of a grouped one.
-        key_minimum: of a grouped format, what code 0 means; like key_scale.
-        value_minimum: like value_scale.
-        recent: of a grouped format, the latest keys in float [B, K, window, H], token t in slot t % window.
+        key_scale: [B or P, K, S] float32 of an 8-bit format, [B or P, K, S / 32, H] float16 of a grouped one.
+        value_scale: [B or P, K, S] float32 of an 8-bit format, [B or P, K, H / 32, S] float16 of a grouped one.
+        key_offset: of a grouped format, like key_scale; a key is key_offset + key_scale * (1 + code / 2**bits).
+        value_offset: like value_scale.
+        recent: of a grouped format, the latest keys in float [B, K, window, H]. Where each code and each recent key
+            lies is the kernel's order, `pallas_kernels.decode_attention.layout`.
         lengths: tokens of each sequence, int32 [B].
         overflowed: whether tokens of a sequence were dropped because the cache was full, bool [B].
         page_table: of a paged cache, the pages of each sequence in order, int32 [B, pages].
@@ -63,8 +56,8 @@ class KVCache:
     value: jax.Array
     key_scale: Any
     value_scale: Any
-    key_minimum: Any
-    value_minimum: Any
+    key_offset: Any
+    value_offset: Any
     recent: Any
     lengths: jax.Array
     overflowed: jax.Array
@@ -85,7 +78,6 @@ class KVCache:
         *,
         format: str = "int8",
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        group_size: int = 32,
         window: int = 128,
     ) -> "KVCache":
         """Makes an empty cache with room for `capacity` tokens of each of `batch` sequences.
@@ -96,10 +88,9 @@ class KVCache:
             kv_heads: heads of keys and values.
             head_dim: channels of a head.
             format: "float", "int8" and "float8_e4m3fn" (a scale for each token and head), "int4" and "int2" (KIVI: keys
-                per channel in groups of tokens, values per token in groups of channels).
+                per channel in groups of 32 tokens, values per token in groups of 32 channels).
             dtype: the float type of the model's keys and values.
-            group_size: elements that share a scale in a grouped format.
-            window: latest keys that a grouped format keeps in float, a multiple of group_size.
+            window: latest keys that a grouped format keeps in float, a multiple of 32 (of 64 for the kernel).
 
         Returns:
             The cache.
@@ -113,11 +104,10 @@ class KVCache:
             >>> int(cache.lengths[0]), cache.attend(jnp.ones((1, 4, 32))).shape, cache.bytes_per_token
             (3, (1, 4, 32), 144.0)
         """
-        _check_sizes(format, capacity, head_dim, group_size, window)
-        stores = _stores(format, dtype, batch, capacity, kv_heads, head_dim, group_size)
-        recent = jnp.zeros((batch, kv_heads, window, head_dim), dtype) if format in GROUPED else None
-        state = _empty(batch, format, dtype, head_dim)
-        return cls(**stores, **state, recent=recent, page_table=None, free_pages=None, num_free=None)
+        _check_sizes(format, capacity, head_dim, window)
+        stores = _stores(format, dtype, batch, capacity, kv_heads, head_dim)
+        state = _empty(batch, kv_heads, format, dtype, head_dim, window)
+        return cls(**stores, **state, page_table=None, free_pages=None, num_free=None)
 
     @classmethod
     def init_paged(
@@ -131,6 +121,7 @@ class KVCache:
         page_size: int = 64,
         format: str = "int8",
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        window: int = 128,
     ) -> "KVCache":
         """Makes an empty cache whose sequences share `pages` pages of `page_size` tokens, taken as they grow.
 
@@ -141,8 +132,9 @@ class KVCache:
             head_dim: channels of a head.
             pages: pages of all sequences together.
             page_size: tokens of a page; the kernel wants a multiple of 64.
-            format: "float", "int8" or "float8_e4m3fn".
+            format: as of `init`; recent keys of a grouped format lie outside the pages.
             dtype: the float type of the model's keys and values.
+            window: as of `init`.
 
         Returns:
             The cache.
@@ -155,15 +147,14 @@ class KVCache:
             >>> int(cache.append(jnp.ones((2, 70, 2, 32)), jnp.ones((2, 70, 2, 32))).overflowed.sum())
             1
         """
-        if format in GROUPED:
-            raise ValueError(f"format of a paged cache must be one of {('float', *EIGHT_BIT)}, got {format!r}")
-        _check_sizes(format, capacity, head_dim, 1, 1)
         if pages < 1 or page_size < 1:
             raise ValueError(f"pages and page_size must be positive, got {pages} and {page_size}")
-        stores = _stores(format, dtype, pages, page_size, kv_heads, head_dim, 1)
+        _check_sizes(format, -(-capacity // page_size) * page_size, head_dim, window)
+        _check_sizes(format, page_size, head_dim, window)
+        stores = _stores(format, dtype, pages, page_size, kv_heads, head_dim)
         table = jnp.zeros((batch, -(-capacity // page_size)), jnp.int32)
         free = {"free_pages": jnp.arange(pages, dtype=jnp.int32), "num_free": jnp.int32(pages)}
-        return cls(**stores, **_empty(batch, format, dtype, head_dim), recent=None, page_table=table, **free)
+        return cls(**stores, **_empty(batch, kv_heads, format, dtype, head_dim, window), page_table=table, **free)
 
     @property
     def capacity(self) -> int:
@@ -175,7 +166,7 @@ class KVCache:
     @property
     def bytes_per_token(self) -> float:
         """Bytes that one token of one sequence takes, scales included, the window of recent keys not."""
-        stores = [self.key, self.value, self.key_scale, self.value_scale, self.key_minimum, self.value_minimum]
+        stores = [self.key, self.value, self.key_scale, self.value_scale, self.key_offset, self.value_offset]
         tokens = self.value.shape[0] * self.value.shape[-1]
         return sum(x.nbytes for x in stores if x is not None) / tokens
 
@@ -219,22 +210,20 @@ class KVCache:
         Args:
             query: [B, N, H], N a multiple of the key heads.
             scale: the softmax scale; 1 / sqrt(H) by default.
-            implementation: as of `pallas_kernels.decode_attention`. Grouped formats are dequantized before.
+            implementation: as of `pallas_kernels.decode_attention`.
 
         Returns:
             [B, N, H] of query's dtype.
         """
-        scales = {"k_scale": self.key_scale, "v_scale": self.value_scale}
-        key, value, table = self.key, self.value, self.page_table
-        if self.format in GROUPED or (self.format == "float" and self.dtype != query.dtype):
-            (key, value), scales, table = self.dequantize(query.dtype), {}, None
-        return decode_attention(
-            query, key, value, self.lengths, **scales, page_table=table, scale=scale, implementation=implementation
-        )
+        arrays = self._arrays()
+        if self.format == "float" and self.dtype != query.dtype:
+            arrays = Cache(*self.dequantize(query.dtype))
+        given = {"scale": scale, "implementation": implementation}
+        return decode_attention(query, **arrays._asdict(), lengths=self.lengths, **given)
 
     def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns keys [B, K, S, H] and values [B, K, H, S] in float; tokens past a sequence's length are zeros."""
-        key, value = self._grouped_floats() if self.format in GROUPED else self._token_floats()
+        key, value = dequantize_cache(self._arrays(), self.lengths)
         token = lax.broadcasted_iota(jnp.int32, (self.lengths.shape[0], 1, self.capacity), 2)
         seen = token < self.lengths[:, None, None]
         dtype = self.dtype if dtype is None else dtype
@@ -304,57 +293,35 @@ class KVCache:
 
     def _write_groups(self, key, value, place, lengths) -> "KVCache":
         """Values go to their place at once, keys to the ring, and groups that leave the ring to theirs."""
+        bits, window, tokens = GROUPED[self.format], self.recent.shape[2], key.shape[1]
         row, column = place
-        bits, group = GROUPED[self.format], self.value.shape[-1] // self.key_scale.shape[2]
-        window, tokens = self.recent.shape[2], key.shape[1]
-        channels = self.head_dim // self.value_scale.shape[2]
-        codes, scale, minimum = quantize_groups(value, bits, -1, channels)
-        values = {
-            name: getattr(self, name).at[row, :, :, column].set(x, mode="drop")
-            for name, x in (("value", codes), ("value_scale", scale), ("value_minimum", minimum))
+        codes, *grids = quantize_groups(value.transpose(0, 2, 3, 1), bits)
+        parts = {"value": kv_layout.pack_values(codes, bits), "value_scale": grids[0], "value_offset": grids[1]}
+        written = {
+            name: getattr(self, name).at[row, :, :, column].set(x.transpose(0, 3, 1, 2), mode="drop")
+            for name, x in parts.items()
         }
         key = key.astype(self.dtype).swapaxes(1, 2)
         recent = jnp.concatenate([unroll_ring(self.recent, self.lengths), key], axis=2)
         start = self.lengths - window
-        first, end = (quantized_tokens(n, window, group) for n in (self.lengths, lengths))
-        count = -(-tokens // group) + 1
-        leaving = take_groups(recent, first - start, count, group)
-        codes, scale, minimum = quantize_groups(leaving, bits, -2, group)
-        row = lax.broadcasted_iota(jnp.int32, (key.shape[0], count), 0)
-        index = first[:, None] // group + lax.broadcasted_iota(jnp.int32, row.shape, 1)
-        index = jnp.where(index < end[:, None] // group, index, self.key_scale.shape[2])
-        codes = codes.reshape(*codes.shape[:2], count, -1, self.head_dim)
-        store = self.key.reshape(*self.key.shape[:2], self.key_scale.shape[2], -1, self.head_dim)
-        keys = {
-            "key": store.at[row, :, index].set(codes.swapaxes(1, 2), mode="drop").reshape(self.key.shape),
-            "key_scale": self.key_scale.at[row, :, index].set(scale.swapaxes(1, 2), mode="drop"),
-            "key_minimum": self.key_minimum.at[row, :, index].set(minimum.swapaxes(1, 2), mode="drop"),
-        }
-        return dataclasses.replace(self, recent=fill_ring(recent, start, lengths, window), **keys, **values)
+        first, end = (quantized_tokens(n, window) for n in (self.lengths, lengths))
+        count = -(-tokens // kv_layout.GROUP) + 1
+        codes, *grids = quantize_groups(take_groups(recent, first - start, count), bits)
+        index = lax.broadcasted_iota(jnp.int32, (key.shape[0], count), 1) * kv_layout.GROUP + first[:, None]
+        row, column = self._place(index, index < end[:, None])
+        parts = {"key": kv_layout.pack_keys(codes, bits), "key_scale": grids[0], "key_offset": grids[1]}
+        for name, x in parts.items():
+            store = getattr(self, name)
+            by_group = lambda x, groups: x.reshape(*x.shape[:2], groups, -1, self.head_dim)  # noqa: E731
+            groups = by_group(store, self.value.shape[-1] // kv_layout.GROUP)
+            groups = groups.at[row, :, column // kv_layout.GROUP].set(by_group(x, count).swapaxes(1, 2), mode="drop")
+            written[name] = groups.reshape(store.shape)
+        return dataclasses.replace(self, recent=fill_ring(recent, start, lengths, window), **written)
 
-    def _token_floats(self) -> tuple[jax.Array, jax.Array]:
-        key, value = self.key.astype(jnp.float32), self.value.astype(jnp.float32)
-        if self.key_scale is not None:
-            key, value = key * self.key_scale[..., None], value * self.value_scale[:, :, None]
-        if self.page_table is None:
-            return key, value
-        key, value = key[self.page_table], value[self.page_table]  # [B, pages, K, ...]
-        batch, pages, kv_heads = key.shape[:3]
-        key, value = key.swapaxes(1, 2), value.transpose(0, 2, 3, 1, 4)
-        return (
-            key.reshape(batch, kv_heads, pages * key.shape[3], self.head_dim),
-            value.reshape(batch, kv_heads, self.head_dim, pages * value.shape[4]),
-        )
-
-    def _grouped_floats(self) -> tuple[jax.Array, jax.Array]:
-        bits, window = GROUPED[self.format], self.recent.shape[2]
-        key = dequantize_groups(self.key, self.key_scale, self.key_minimum, bits, -2)
-        value = dequantize_groups(self.value, self.value_scale, self.value_minimum, bits, -2)
-        token = jnp.arange(self.capacity, dtype=jnp.int32)
-        first = quantized_tokens(self.lengths, window, self.capacity // self.key_scale.shape[2])
-        in_ring = token[None] >= first[:, None]
-        recent = self.recent[:, :, token % window].astype(jnp.float32)
-        return jnp.where(in_ring[:, None, :, None], recent, key), value
+    def _arrays(self) -> Cache:
+        """What the kernel reads."""
+        scales = self.key_scale, self.value_scale, self.key_offset, self.value_offset
+        return Cache(self.key, self.value, *scales, self.recent, self.page_table)
 
     def _check_tokens(self, key, value, counts):
         batch, kv_heads = self.lengths.shape[0], self.value.shape[1]
@@ -369,28 +336,27 @@ class KVCache:
             raise ValueError(f"counts must be integers of shape ({batch},), got {counts.dtype} of shape {counts.shape}")
 
 
-def _empty(batch: int, format: str, dtype, head_dim: int) -> dict[str, Any]:
+def _empty(batch: int, kv_heads: int, format: str, dtype, head_dim: int, window: int) -> dict[str, Any]:
     """What every cache has besides its stores."""
     counts = {"lengths": jnp.zeros((batch,), jnp.int32), "overflowed": jnp.zeros((batch,), bool)}
-    return {**counts, "format": format, "dtype": jnp.dtype(dtype), "head_dim": head_dim}
+    recent = jnp.zeros((batch, kv_heads, window, head_dim), dtype) if format in GROUPED else None
+    return {**counts, "recent": recent, "format": format, "dtype": jnp.dtype(dtype), "head_dim": head_dim}
 
 
-def _stores(
-    format: str, dtype, rows: int, tokens: int, kv_heads: int, head_dim: int, group_size: int
-) -> dict[str, Any]:
+def _stores(format: str, dtype, rows: int, tokens: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
     """Zeroed keys, values, their scales and minima."""
     shapes = {"key": (tokens, head_dim), "value": (head_dim, tokens)}
     dtypes = dict.fromkeys(shapes, format if format in EIGHT_BIT else dtype)
     if format in EIGHT_BIT:
         shapes |= {"key_scale": (tokens,), "value_scale": (tokens,)}
     if format in GROUPED:
-        codes, channels = 8 // GROUPED[format], min(group_size, head_dim)
+        codes, group = 8 // GROUPED[format], kv_layout.GROUP
         shapes = {"key": (tokens // codes, head_dim), "value": (head_dim // codes, tokens)}
         dtypes = dict.fromkeys(shapes, jnp.uint8)
-        grids = {"key": (tokens // group_size, head_dim), "value": (head_dim // channels, tokens)}
-        shapes |= {f"{name}_{grid}": shape for grid in ("scale", "minimum") for name, shape in grids.items()}
+        grids = {"key": (tokens // group, head_dim), "value": (head_dim // group, tokens)}
+        shapes |= {f"{name}_{grid}": shape for grid in ("scale", "offset") for name, shape in grids.items()}
     grid_dtype = SCALE_DTYPE if format in GROUPED else jnp.float32
-    absent = dict.fromkeys(("key_scale", "value_scale", "key_minimum", "value_minimum"))
+    absent = dict.fromkeys(("key_scale", "value_scale", "key_offset", "value_offset"))
     zeros = {name: jnp.zeros((rows, kv_heads, *shape), dtypes.get(name, grid_dtype)) for name, shape in shapes.items()}
     return absent | zeros
 
@@ -407,17 +373,14 @@ def _quantize_tokens(x: jax.Array, format: str, dtype: jnp.dtype) -> tuple[jax.A
     return (jnp.round(codes) if format == "int8" else codes).astype(dtype), absmax * (1 / EIGHT_BIT[format])
 
 
-def _check_sizes(format: str, capacity: int, head_dim: int, group_size: int, window: int):
+def _check_sizes(format: str, capacity: int, head_dim: int, window: int):
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
     if capacity < 1:
         raise ValueError(f"capacity must be positive, got {capacity}")
-    if format not in GROUPED:
-        return
-    if group_size < 8 or group_size % 8 or capacity % group_size or window % group_size or window < group_size:
+    group = kv_layout.GROUP
+    if format in GROUPED and (capacity % group or head_dim % group or window % group or window < group):
         raise ValueError(
-            f"group_size must be a multiple of 8 that divides capacity and window, got group_size {group_size},"
-            f" capacity {capacity} and window {window}"
+            f"format {format!r} has groups of {group}: capacity or page_size, head_dim and window must be multiples of"
+            f" it, got {capacity}, {head_dim} and {window}"
         )
-    if head_dim % min(group_size, head_dim) or head_dim % 8:
-        raise ValueError(f"head_dim must be a multiple of 8 and of group_size {group_size}, got {head_dim}")

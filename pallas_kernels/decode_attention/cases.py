@@ -14,10 +14,10 @@ class Case(NamedTuple):
     page_size: int | None = None
     lengths: tuple[int, ...] | None = None
 
-    def bytes_read(self, itemsize: int) -> int:
-        """Bytes of codes and scales that a step must read."""
-        scales = 8 if itemsize == 1 else 0
-        return self.batch * self.kv_heads * self.tokens * (2 * self.head_dim * itemsize + scales)
+    def bytes_read(self, bits: int) -> int:
+        """Bytes of codes and scales of `bits` an element that a step must read; recent keys count as codes."""
+        grids = {16: 0, 8: 8}.get(bits, 8 * self.head_dim // 32)
+        return self.batch * self.kv_heads * self.tokens * (2 * self.head_dim * bits // 8 + grids)
 
 
 # The table that the kernel is measured on.

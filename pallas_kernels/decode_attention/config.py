@@ -5,6 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_attention.cache import GROUPED, Cache
+from pallas_kernels.decode_attention.layout import GROUP as GROUP_SIZE
+
 SHARED_MEMORY_BYTES = 227 * 1024  # of one block at most; a multiprocessor has what each block reserves more
 RESERVED_BYTES = 1024
 MULTIPROCESSORS = 132
@@ -37,14 +40,16 @@ class Config:
             raise ValueError(f"split must be 1, 2, 4 or 8, got {self.split}")
 
 
-def default_config(q: jax.Array, k: jax.Array, capacity: int) -> Config:
+def default_config(q: jax.Array, cache: Cache) -> Config:
     """The configuration used when the caller names none: full waves of blocks, some at a time on a multiprocessor."""
-    pairs = q.shape[0] * k.shape[1]
+    pairs = q.shape[0] * cache.k.shape[1]
     candidates = [Config(64, stages, split) for stages in (2, 3, 4, 6) for split in (1, 2, 4, 8)]
-    fitting = [c for c in candidates if shared_memory(q, k, c) <= SHARED_MEMORY_BYTES and c.split * 128 <= capacity]
+    fitting = [
+        c for c in candidates if shared_memory(q, cache, c) <= SHARED_MEMORY_BYTES and c.split * 128 <= cache.capacity
+    ]
 
     def resident(config: Config) -> int:
-        block_bytes = shared_memory(q, k, config) + RESERVED_BYTES
+        block_bytes = shared_memory(q, cache, config) + RESERVED_BYTES
         most = min(BLOCKS, (SHARED_MEMORY_BYTES + RESERVED_BYTES) // block_bytes)
         return min(most, -(-pairs * config.split // MULTIPROCESSORS))
 
@@ -60,22 +65,28 @@ def default_config(q: jax.Array, k: jax.Array, capacity: int) -> Config:
     return min(good, key=lambda c: (-min(resident(c), ENOUGH_BLOCKS), c.split, -c.stages))
 
 
-def supports(q: jax.Array, k: jax.Array, page_size: int | None, config: Config) -> str | None:
+def supports(q: jax.Array, cache: Cache, config: Config) -> str | None:
     """Returns why the Hopper kernel cannot compute this call, or None if it can."""
+    k = cache.k
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q must be bfloat16 or float16, got {q.dtype}"
-    if k.dtype not in (q.dtype, jnp.int8, jnp.float8_e4m3fn):
-        return f"k must be {q.dtype}, int8 or float8_e4m3fn, got {k.dtype}"
+    if k.dtype not in (q.dtype, jnp.int8, jnp.float8_e4m3fn, GROUPED):
+        return f"k must be {q.dtype}, int8, float8_e4m3fn or packed uint8, got {k.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"head_dim must be one of {HEAD_DIMS}, got {q.shape[-1]}"
     if q.shape[1] // k.shape[1] > LARGEST_GROUP:
         return f"at most {LARGEST_GROUP} query heads may share keys, got {q.shape[1]} over {k.shape[1]}"
-    tokens = k.shape[2]
-    if tokens % 16 or (page_size is not None and page_size % config.block):
-        return f"the capacity must be a multiple of 16 and a page of {config.block} tokens, got {tokens}, {page_size}"
     if 0 in q.shape or 0 in k.shape:
         return f"empty operands: q {q.shape}, k {k.shape}"
-    bytes_needed = shared_memory(q, k, config)
+    tokens, paged = cache.page_size, cache.page_table is not None
+    if tokens % 16 or (paged and tokens % config.block):
+        page = tokens if paged else None
+        return f"the capacity must be a multiple of 16 and a page of {config.block} tokens, got {tokens}, {page}"
+    if cache.recent is not None:
+        window, dtype = cache.recent.shape[2], cache.recent.dtype
+        if window % config.block or dtype not in (jnp.bfloat16, jnp.float16):
+            return f"recent keys must be a multiple of {config.block} in 16 bits, got {window} of {dtype}"
+    bytes_needed = shared_memory(q, cache, config)
     if bytes_needed > SHARED_MEMORY_BYTES:
         return f"{config} needs {bytes_needed} bytes of shared memory, Hopper has {SHARED_MEMORY_BYTES}"
     return None
@@ -86,9 +97,16 @@ def padded_group(heads: int, kv_heads: int) -> int:
     return -(-(heads // kv_heads) // 8) * 8
 
 
-def shared_memory(q: jax.Array, k: jax.Array, config: Config) -> int:
-    """Bytes of shared memory of one block, with 3 KB for barriers and reductions."""
-    head_dim, group = q.shape[2], padded_group(q.shape[1], k.shape[1])
-    tile = 2 * config.block * (head_dim * k.dtype.itemsize + (4 if k.dtype.itemsize == 1 else 0))
+def bytes_per_token(cache: Cache, head_dim: int) -> int:
+    """Bytes of codes, scales and offsets of one token and key head."""
+    grids = {True: 8 * head_dim // GROUP_SIZE, False: 8 if cache.bits == 8 else 0}[cache.grouped]
+    return 2 * head_dim * cache.bits // 8 + grids
+
+
+def shared_memory(q: jax.Array, cache: Cache, config: Config) -> int:
+    """Bytes of shared memory of one block, with 3 KB for barriers, reductions and alignment."""
+    head_dim, group = q.shape[2], padded_group(q.shape[1], cache.k.shape[1])
+    tile = config.block * bytes_per_token(cache, head_dim)
     partial = (config.split - 1) * (head_dim + 128) * group * 4
-    return config.stages * tile + group * (2 * head_dim + config.block) * 2 + partial + 3072
+    recent = 2 * head_dim * (config.block + group) if cache.grouped else 0
+    return config.stages * tile + recent + group * (2 * head_dim + config.block) * 2 + partial + 3072

@@ -3,9 +3,12 @@
 A block of one warpgroup walks over the tokens of one sequence and key head, or over its share of them: the blocks of a
 cluster split the context and merge in distributed shared memory, so that one launch does everything. The query heads
 that share a key head are the 8 columns of two products: S^T = K q^T and O^T = V^T P^T. The cache is on the side that
-wgmma takes from registers, where 8-bit codes become 16-bit numbers exactly; scales multiply the scores and the weights.
+wgmma takes from registers, where codes become float16 numbers (`operand`): exactly those of 8 bits, whose scales
+multiply the scores and the weights, and with their scale and offset those of fewer bits. Of these, the last few tiles
+take their keys from the ring of recent keys.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -15,40 +18,32 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decode_attention import operand
+from pallas_kernels.decode_attention.cache import Cache
 from pallas_kernels.decode_attention.config import Config, padded_group
+from pallas_kernels.decode_attention.operand import TILE
+from pallas_kernels.decode_attention.reference import quantized_tokens
 
-TILE = plgpu.Layout.WGMMA
-CODES = plgpu.Layout.WGMMA_UPCAST_2X
-PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 LOWEST_MAXIMUM = -1e30  # finite, so that a block without tokens weighs 0 and not NaN
 STATISTIC_ROWS = 64  # the maxima and sums travel as a tile of equal rows
 LOG2_E = math.log2(math.e)
+GROUP = operand.GROUP
 
 
 def decode_attention_mosaic_gpu(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lengths: jax.Array,
-    k_scale: jax.Array | None,
-    v_scale: jax.Array | None,
-    page_table: jax.Array | None,
-    *,
-    scale: float,
-    config: Config,
+    q: jax.Array, lengths: jax.Array, cache: Cache, *, scale: float, config: Config
 ) -> jax.Array:
     """Runs the kernel; arguments as `decode_attention_reference`'s, lengths int32."""
     batch, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
+    kv_heads = cache.k.shape[1]
     queries = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    operands = {"q": queries, "k": k, "v": v, "lengths": lengths}
-    optional = {"k_scale": k_scale, "v_scale": v_scale, "page_table": page_table}
-    operands |= {name: x for name, x in optional.items() if x is not None}
+    operands = {"q": queries, "lengths": lengths} | {k: x for k, x in cache._asdict().items() if x is not None}
+    plan = _Plan(scale, config, cache.bits, cache.grouped, coded=cache.k.dtype != q.dtype)
     call = plgpu.kernel(
         lambda *refs: pl.run_scoped(
-            functools.partial(_kernel, dict(zip(operands, refs, strict=False)), refs[-1], scale=scale, config=config),
-            _scratch(operands, config),
+            functools.partial(_kernel, plan, dict(zip(operands, refs, strict=False)), refs[-1]),
+            _scratch(plan, operands),
         ),
         out_type=jax.ShapeDtypeStruct(queries.shape, q.dtype),
         grid=(kv_heads, batch),
@@ -60,30 +55,51 @@ def decode_attention_mosaic_gpu(
     return call(*operands.values()).reshape(q.shape)
 
 
-def _compute_dtype(q: jax.Array, k: jax.Array) -> jnp.dtype:
-    """The 16-bit format of the products: float16 holds every e4m3 code, bfloat16 every int8 code."""
-    if k.dtype == q.dtype:
-        return q.dtype
-    return jnp.dtype(jnp.bfloat16 if k.dtype == jnp.int8 else jnp.float16)
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The static part of a launch: `coded` operands pass through registers, `grouped` ones have recent keys."""
+
+    scale: float
+    config: Config
+    bits: int
+    grouped: bool
+    coded: bool
+
+    def copied(self, operands: dict) -> dict:
+        """The arrays of which every tile has a part, and that part: an index of shared memory's shape a token tile."""
+        block = self.config.block
+        tokens = {"k": block * self.bits // 8 if self.grouped else block, "v": block}
+        for name in ("k", "v"):
+            tokens |= {f"{name}_{grid}": block for grid in ("scale", "offset")}
+        if self.grouped:
+            tokens |= dict.fromkeys(("k_scale", "k_offset"), block // GROUP)
+        return {name: count for name, count in tokens.items() if name in operands}
 
 
-def _scratch(operands: dict, config: Config) -> dict:
+def _scratch(plan: _Plan, operands: dict) -> dict:
     """Shared memory and barriers, by name."""
-    q, k = operands["q"], operands["k"]
+    q, config = operands["q"], plan.config
     head_dim, group = q.shape[3], padded_group(q.shape[1] * q.shape[2], q.shape[1])
     stages, block, others = config.stages, config.block, config.split - 1
-    dtype = _compute_dtype(q, k)
+    copied = plan.copied(operands)
+    dtype = operand.DTYPE if plan.coded else q.dtype
     scratch = {
         "rows": plgpu.SMEM((group, head_dim), q.dtype),  # queries as they come, outputs as they go
         "q": _tiled((group, head_dim), dtype),
-        "k": _tiled((stages, block, head_dim), operands["k"].dtype),
-        "v": _tiled((stages, head_dim, block), operands["v"].dtype),
         "p": _tiled((group, block), dtype),
         "q_ready": plgpu.Barrier(),
-        "ready": plgpu.Barrier(num_barriers=stages, num_arrivals=4 if "k_scale" in operands else 2),
+        "ready": plgpu.Barrier(num_barriers=stages, num_arrivals=len(copied)),
     }
-    if "k_scale" in operands:
-        scratch |= {name: plgpu.SMEM((stages, block), jnp.float32) for name in ("k_scale", "v_scale")}
+    for name, count in copied.items():
+        shape = list(operands[name].shape[2:])
+        shape[_token_axis(name, shape)] = count
+        scratch[name] = (plgpu.SMEM if plan.coded else _tiled)((stages, *shape), operands[name].dtype)
+    if plan.grouped:
+        scratch |= {
+            "recent": _tiled((block, head_dim), operands["recent"].dtype),
+            "recent_q": _tiled((group, head_dim), operands["recent"].dtype),
+            "recent_ready": plgpu.Barrier(),
+        }
     if others:
         scratch |= {
             "partial": _tiled((others, head_dim, group), jnp.float32),
@@ -94,6 +110,11 @@ def _scratch(operands: dict, config: Config) -> dict:
     return scratch
 
 
+def _token_axis(name: str, shape) -> int:
+    """Where the tokens of a head's part of an array lie: last of values and theirs, first of keys and theirs."""
+    return len(shape) - 1 if name.startswith("v") else 0
+
+
 def _tiled(shape: tuple[int, ...], dtype):
     size = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
@@ -102,69 +123,87 @@ def _tiled(shape: tuple[int, ...], dtype):
     )
 
 
-def _kernel(refs: dict, out_ref, smem: dict, *, scale: float, config: Config):
+class _Tiles:
+    """The tiles of one sequence: `coded` ones, then those whose keys are recent; a tile may be in both, in parts."""
+
+    def __init__(self, plan: _Plan, refs: dict, batch):
+        self.plan, self.block = plan, plan.config.block
+        pages = refs["page_table"].shape[1] if "page_table" in refs else 1
+        self.length = jnp.clip(refs["lengths"][batch], 0, pages * refs["v"].shape[3])
+        self.quantized = quantized_tokens(self.length, refs["recent"].shape[2]) if plan.grouped else self.length
+        self.coded = self._up(self.quantized)
+        self.first_recent = lax.div(self.quantized, jnp.int32(self.block))
+        self.count = self.coded + (self._up(self.length) - self.first_recent if plan.grouped else 0)
+
+    def _up(self, tokens):
+        return lax.div(tokens + self.block - 1, jnp.int32(self.block))
+
+    def first_token(self, tile):
+        """The token that a tile begins with."""
+        if not self.plan.grouped:
+            return tile * self.block
+        return jnp.where(tile < self.coded, tile, tile - self.coded + self.first_recent) * self.block
+
+
+def _kernel(plan: _Plan, refs: dict, out_ref, smem: dict):
     """One block: its share of the tokens of one sequence and key head."""
     batch, head, rank = (lax.axis_index(name) for name in ("batch", "head", "split"))
-    block, stages, split = config.block, config.stages, config.split
-    group, head_dim = smem["q"].shape
-    heads = refs["q"].shape[2]
-    pages = refs["page_table"].shape[1] if "page_table" in refs else 1
-    length = jnp.clip(refs["lengths"][batch], 0, pages * refs["k"].shape[2])
-    tiles = lax.div(length + block - 1, jnp.int32(block))
-    first, last = lax.div(rank * tiles, jnp.int32(split)), lax.div((rank + 1) * tiles, jnp.int32(split))
+    stages, split = plan.config.stages, plan.config.split
+    tiles = _Tiles(plan, refs, batch)
+    first, last = (lax.div((rank + i) * tiles.count, jnp.int32(split)) for i in range(2))
+    fetch = functools.partial(_by_one_warp, functools.partial(_fetch, plan, refs, smem, tiles, batch, head, first))
+    fetch_recent = functools.partial(_by_one_warp, functools.partial(_fetch_recent, refs, smem, tiles, batch, head))
 
-    def fetch(tile):
-        slot = lax.rem(tile - first, jnp.int32(stages))
-        sequence, tokens = batch, tile * block
-        if "page_table" in refs:
-            page_size = refs["k"].shape[2]
-            sequence = refs["page_table"][batch, lax.div(tokens, jnp.int32(page_size))]
-            tokens = lax.rem(tokens, jnp.int32(page_size))
-        tokens = pl.ds(pl.multiple_of(tokens, block), block)
-        ready = smem["ready"].at[slot]
-        plgpu.copy_gmem_to_smem(refs["k"].at[sequence, head, tokens], smem["k"].at[slot], ready)
-        plgpu.copy_gmem_to_smem(refs["v"].at[sequence, head, slice(None), tokens], smem["v"].at[slot], ready)
-        for name in ("k_scale", "v_scale"):
-            if name in refs:
-                plgpu.copy_gmem_to_smem(refs[name].at[sequence, head, tokens], smem[name].at[slot], ready)
-
-    plgpu.copy_gmem_to_smem(refs["q"].at[batch, head], smem["rows"].at[pl.ds(0, heads)], smem["q_ready"])
+    plgpu.copy_gmem_to_smem(refs["q"].at[batch, head], smem["rows"].at[pl.ds(0, refs["q"].shape[2])], smem["q_ready"])
     for i in range(stages):
         pl.when(first + i < last)(lambda i=i: fetch(first + i))
+    first_recent = jnp.maximum(first, tiles.coded)
+    if plan.grouped:
+        pl.when(first_recent < last)(lambda: fetch_recent(first_recent))
     plgpu.barrier_wait(smem["q_ready"])
-    # Columns past the heads hold anything: nothing is read from theirs.
-    q = plgpu.load(smem["rows"].T, layout=TILE, optimized=False)
-    smem["q"].T[...] = q.astype(smem["q"].dtype)
-    plgpu.commit_smem()
+    _spread_queries(plan, smem)
 
-    def step(tile, carry):
-        acc, maximum, total = carry
+    def step(tile, state, recent: bool):
         slot = lax.rem(tile - first, jnp.int32(stages))
         plgpu.barrier_wait(smem["ready"].at[slot])
-        x = _product(_operand(smem["k"].at[slot], smem["q"].dtype), smem["q"].T, (block, group)) * (scale * LOG2_E)
-        if "k_scale" in refs:
-            x = x * _along_rows(_per_row(smem["k_scale"].at[slot]), x)
-        token = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=TILE) + tile * block
-        x = jnp.where(token < length, x, -jnp.inf)
-        new_maximum = jnp.maximum(maximum, jnp.max(x, axis=0))
-        decay = jnp.exp2(maximum - new_maximum)
-        p = jnp.exp2(x - _along_columns(new_maximum, x))
-        total = total * _along_columns(decay, total) + p
-        if "v_scale" in refs:
-            p = p * _along_rows(_per_row(smem["v_scale"].at[slot]), p)
-        smem["p"].T[...] = p.astype(smem["p"].dtype)
+        if recent:
+            plgpu.barrier_wait(smem["recent_ready"])
+        x, v = _scores_and_values(plan, smem, slot, recent)
+        start = tiles.first_token(tile)
+        row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=TILE)
+        token = operand.token_of_row(row) if plan.coded else row
+        end = tiles.quantized if plan.grouped and not recent else tiles.length
+        seen = token < end - start
+        if recent:
+            seen = seen & (token >= tiles.quantized - start)
+        p, decay, state = _softmax(plan, smem, slot, jnp.where(seen, x, -jnp.inf), state)
+        smem["p"].T[...] = jnp.where(seen, p, 0.0).astype(smem["p"].dtype)
         plgpu.commit_smem()
-        v = _operand(smem["v"].at[slot], smem["p"].dtype)
-        acc = acc * _along_columns(decay, acc)
-        acc = pl.run_state(lambda ref: plgpu.wgmma(ref, v, smem["p"].T))(plgpu.ACC.init(acc))
-        plgpu.commit_smem()  # every warp has read its part of the slot
-        pl.when(tile + stages < last)(lambda: fetch(tile + stages))
-        return acc, new_maximum, total
+        acc, *statistics = state
 
+        def refill():
+            pl.when(tile + stages < last)(lambda: fetch(tile + stages))
+            if recent:
+                pl.when(tile + 1 < last)(lambda: fetch_recent(tile + 1))
+
+        if plan.coded:  # the tile is in registers, and every warp has passed `commit_smem`
+            refill()
+        acc = acc * _along_columns(decay, acc) + _product(v, smem["p"].T, acc.shape)
+        if not plan.coded:
+            plgpu.commit_smem()  # every warp has read its part of the slot
+            refill()
+        return acc, *statistics
+
+    group, head_dim = smem["q"].shape
     acc = plgpu.layout_cast(jnp.zeros((head_dim, group), jnp.float32), TILE)
     maximum = plgpu.layout_cast(jnp.full((group,), LOWEST_MAXIMUM, jnp.float32), PER_COLUMN)
-    total = plgpu.layout_cast(jnp.zeros((block, group), jnp.float32), TILE)
-    acc, maximum, total = lax.fori_loop(first, last, step, (acc, maximum, total))
+    total = plgpu.layout_cast(jnp.zeros((plan.config.block, group), jnp.float32), TILE)
+    state = acc, maximum, total
+    coded_last = jnp.minimum(last, tiles.coded) if plan.grouped else last
+    state = lax.fori_loop(first, coded_last, functools.partial(step, recent=False), state)
+    if plan.grouped:
+        state = lax.fori_loop(first_recent, last, functools.partial(step, recent=True), state)
+    acc, maximum, total = state
     state = acc, maximum, jnp.sum(total, axis=0)
     if split == 1:
         return _store(state, out_ref.at[batch, head], smem)
@@ -172,11 +211,97 @@ def _kernel(refs: dict, out_ref, smem: dict, *, scale: float, config: Config):
     pl.when(rank == 0)(lambda: _store(_merge(state, smem), out_ref.at[batch, head], smem))
 
 
-def _operand(ref, dtype):
-    """A tile of the cache as the first operand of a product: where it lies, or converted in registers."""
-    if ref.dtype == dtype:
-        return ref
-    return plgpu.layout_cast(plgpu.load(ref, layout=CODES).astype(dtype), TILE)
+def _by_one_warp(copy, tile):
+    """Starts the copies of a tile from one warp: the others go on to what they compute."""
+
+    @plgpu.warp_map
+    def _(warp):
+        pl.when(warp == 0)(lambda: copy(tile))
+
+
+def _fetch(plan: _Plan, refs: dict, smem: dict, tiles: _Tiles, batch, head, first, tile):
+    """Starts the copies of a tile to its slot."""
+    slot = lax.rem(tile - first, jnp.int32(plan.config.stages))
+    sequence, start = batch, tiles.first_token(tile)
+    if "page_table" in refs:
+        page_size = jnp.int32(refs["v"].shape[3])
+        sequence = refs["page_table"][batch, lax.div(start, page_size)]
+        start = lax.rem(start, page_size)
+    for name, count in plan.copied(refs).items():
+        per_tile = plan.config.block // count
+        tokens = pl.ds(lax.div(start, jnp.int32(per_tile)), count)
+        part = refs[name].at[sequence, head]
+        part = part.at[:, tokens] if _token_axis(name, part.shape) else part.at[tokens]
+        plgpu.copy_gmem_to_smem(part, smem[name].at[slot], smem["ready"].at[slot])
+
+
+def _fetch_recent(refs: dict, smem: dict, tiles: _Tiles, batch, head, tile):
+    """Starts the copy of a tile's recent keys, which the ring has side by side."""
+    slot = lax.rem(tiles.first_token(tile), jnp.int32(refs["recent"].shape[2]))
+    tokens = pl.ds(slot, tiles.block)
+    plgpu.copy_gmem_to_smem(refs["recent"].at[batch, head, tokens], smem["recent"], smem["recent_ready"])
+
+
+def _spread_queries(plan: _Plan, smem: dict):
+    """Brings the queries in the keys' order and format. Columns past the heads hold anything: none is read."""
+    rows = smem["rows"]
+    if plan.coded:
+        smem["q"].T[...] = operand.channel_order(rows).astype(smem["q"].dtype)
+    if plan.grouped or not plan.coded:
+        natural = smem["recent_q" if plan.grouped else "q"]
+        natural.T[...] = plgpu.load(rows.T, layout=TILE, optimized=False).astype(natural.dtype)
+    plgpu.commit_smem()
+
+
+def _scores_and_values(plan: _Plan, smem: dict, slot, recent: bool):
+    """Scores [tokens, group] of a slot in base 2, and its values as an operand, unpacked under that product."""
+
+    def multiply(ref):
+        if recent:
+            plgpu.wgmma(ref, smem["recent"], smem["recent_q"].T)
+        else:
+            plgpu.wgmma(ref, _operand(plan, "k", smem, slot), smem["q"].T)
+        v = _operand(plan, "v", smem, slot)
+        if not plan.coded:
+            return ref[...]
+        return ref[...], v
+
+    shape = (plan.config.block, smem["q"].shape[0])
+    scores = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    x, v = scores if plan.coded else (scores, smem["v"].at[slot])
+    x = x * (plan.scale * LOG2_E)
+    if plan.coded and not plan.grouped:
+        x = x * _along_rows(operand.token_order(smem["k_scale"].at[slot]), x)
+    return x, v
+
+
+def _operand(plan: _Plan, name: str, smem: dict, slot):
+    """A tile of the cache as the first operand of a product: where it lies, or unpacked in registers."""
+    tile = smem[name].at[slot]
+    if not plan.coded:
+        return tile
+    grids = [smem[f"{name}_{grid}"].at[slot] if plan.grouped else None for grid in ("scale", "offset")]
+    unpack = operand.keys_operand if name == "k" else operand.values_operand
+    return unpack(tile, *grids, bits=plan.bits)
+
+
+def _softmax(plan: _Plan, smem: dict, slot, x, state):
+    """Weights of a tile's scores x, the decay of what was summed before, and the state with the tile's statistics.
+
+    A scale of values belongs to the weights. It enters as its logarithm, before the maximum is taken: a weight with
+    its scale is then at most 1, whatever the scale, and cannot vanish in float16 beside one that counts.
+    """
+    acc, maximum, total = state
+    scaled = x
+    if plan.coded and not plan.grouped:
+        scaled = x + _along_rows(jnp.log2(operand.token_order(smem["v_scale"].at[slot])), x)
+    new_maximum = jnp.maximum(maximum, jnp.max(scaled, axis=0))
+    decay = jnp.exp2(maximum - new_maximum)
+    p = weights = jnp.exp2(scaled - _along_columns(new_maximum, x))
+    if scaled is not x:
+        weights = jnp.exp2(x - _along_columns(new_maximum, x))
+    total = total * _along_columns(decay, total) + weights
+    return p, decay, (acc, new_maximum, total)
 
 
 def _product(a, b, shape: tuple[int, int]):
@@ -220,10 +345,6 @@ def _store(state, out_ref, smem: dict):
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(smem["rows"].at[pl.ds(0, out_ref.shape[0])], out_ref)
     plgpu.wait_smem_to_gmem(0)
-
-
-def _per_row(ref):
-    return plgpu.load(ref, layout=PER_ROW, optimized=False)
 
 
 def _along_rows(per_row, like):

@@ -3,38 +3,43 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels._aot import compile_for_h200
-from pallas_kernels.decode_attention import decode_attention, default_config
+from pallas_kernels.decode_attention import Cache, decode_attention, default_config
 
 pytestmark = pytest.mark.aot
 
 
 @pytest.mark.parametrize(
-    ("dtype", "batch", "heads", "kv_heads", "tokens", "head_dim", "page_size"),
+    ("format", "batch", "heads", "kv_heads", "tokens", "head_dim", "page_size"),
     [
-        (jnp.int8, 16, 32, 8, 4096, 128, None),
-        (jnp.bfloat16, 64, 32, 8, 8192, 128, None),
-        (jnp.float8_e4m3fn, 3, 14, 2, 256, 64, 64),
-        (jnp.bfloat16, 2, 8, 8, 512, 128, 128),
+        ("int8", 16, 32, 8, 4096, 128, None),
+        ("bfloat16", 64, 32, 8, 8192, 128, None),
+        ("float8_e4m3fn", 3, 14, 2, 256, 64, 64),
+        ("bfloat16", 2, 8, 8, 512, 128, 128),
+        ("int4", 64, 32, 8, 8192, 128, None),
+        ("int4", 3, 14, 2, 256, 64, 64),
+        ("int2", 16, 32, 8, 4096, 128, None),
     ],
 )
-def test_kernels_fit_an_h200(dtype, batch, heads, kv_heads, tokens, head_dim, page_size):
+def test_kernels_fit_an_h200(format, batch, heads, kv_heads, tokens, head_dim, page_size):
     rows, columns = (batch, tokens) if page_size is None else (batch * tokens // page_size, page_size)
-    shape = jax.ShapeDtypeStruct
-    operands = {
-        "q": shape((batch, heads, head_dim), jnp.bfloat16),
-        "k": shape((rows, kv_heads, columns, head_dim), dtype),
-        "v": shape((rows, kv_heads, head_dim, columns), dtype),
-        "lengths": shape((batch,), jnp.int32),
-    }
-    if jnp.dtype(dtype).itemsize == 1:
-        operands |= {name: shape((rows, kv_heads, columns), jnp.float32) for name in ("k_scale", "v_scale")}
-    if page_size is not None:
-        operands["page_table"] = shape((batch, tokens // page_size), jnp.int32)
-    config = default_config(operands["q"], operands["k"], tokens)
+    head, shape = (rows, kv_heads), jax.ShapeDtypeStruct
+    q, lengths = shape((batch, heads, head_dim), jnp.bfloat16), shape((batch,), jnp.int32)
+    table = None if page_size is None else shape((batch, tokens // page_size), jnp.int32)
+    if format in ("int4", "int2"):
+        packed = 8 // int(format[-1])
+        k, v = (columns // packed, head_dim), (head_dim // packed, columns)
+        grids = [shape((*head, *grid), jnp.float16) for grid in ((columns // 32, head_dim), (head_dim // 32, columns))]
+        recent = shape((batch, kv_heads, 128, head_dim), jnp.bfloat16)
+        cache = Cache(shape((*head, *k), jnp.uint8), shape((*head, *v), jnp.uint8), *grids, *grids, recent, table)
+    else:
+        codes = [shape((*head, *x), format) for x in ((columns, head_dim), (head_dim, columns))]
+        scales = [None if format == "bfloat16" else shape((*head, columns), jnp.float32)] * 2
+        cache = Cache(*codes, *scales, page_table=table)
+    config = default_config(q, cache)
 
-    def call(*args):
-        return decode_attention(**dict(zip(operands, args, strict=True)), implementation="mosaic_gpu", config=config)
+    def call(q, lengths, cache):
+        return decode_attention(q, **cache._asdict(), lengths=lengths, implementation="mosaic_gpu", config=config)
 
-    _, reports = compile_for_h200(call, *operands.values())
+    _, reports = compile_for_h200(call, q, lengths, cache)
     assert len(reports) == 1  # one launch
     assert not reports[0].problems

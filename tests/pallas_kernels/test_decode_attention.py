@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_attention import Config, decode_attention, default_config, supports
+from pallas_kernels.decode_attention import Cache, Config, decode_attention, default_config, supports
 from pallas_kernels.decode_attention.config import SHARED_MEMORY_BYTES, shared_memory
 
 
@@ -75,13 +75,17 @@ def test_what_lies_past_the_length_does_not_matter(rng):
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 4096), (16, 4096), (16, 32768), (64, 8192), (128, 8192)])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8, jnp.uint8])
 def test_the_default_configuration_fits(batch, tokens, dtype):
     q = jax.ShapeDtypeStruct((batch, 32, 128), jnp.bfloat16)
-    k = jax.ShapeDtypeStruct((batch, 8, tokens, 128), dtype)
-    config = default_config(q, k, tokens)
-    assert supports(q, k, None, config) is None
-    assert shared_memory(q, k, config) <= SHARED_MEMORY_BYTES
+    shape = jax.ShapeDtypeStruct
+    cache = Cache(shape((batch, 8, tokens, 128), dtype), shape((batch, 8, 128, tokens), dtype))
+    if dtype == jnp.uint8:
+        recent = shape((batch, 8, 128, 128), jnp.bfloat16)
+        cache = Cache(shape((batch, 8, tokens // 2, 128), dtype), shape((batch, 8, 64, tokens), dtype), recent=recent)
+    config = default_config(q, cache)
+    assert supports(q, cache, config) is None
+    assert shared_memory(q, cache, config) <= SHARED_MEMORY_BYTES
     assert batch * 8 * config.split >= 132 or config.split == 8  # no multiprocessor idles
 
 
@@ -107,6 +111,7 @@ def test_refusals_say_why():
     q, k = jnp.ones((1, 4, 96), jnp.bfloat16), jnp.ones((1, 2, 64, 96), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="head_dim must be one of"):
         decode_attention(q, k, k.swapaxes(2, 3), jnp.array([3]), implementation="mosaic_gpu")
-    assert "bfloat16 or float16" in supports(q.astype(jnp.float32), k, None, Config())
+    cache = Cache(k, k.swapaxes(2, 3))
+    assert "bfloat16 or float16" in supports(q.astype(jnp.float32), cache, Config())
     with pytest.raises(ValueError, match="split must be"):
         Config(split=3)

@@ -1,19 +1,14 @@
 """The kernel's body on a CPU, block by block, thread by thread: barriers that never complete show as a hang here.
 
-JAX's interpreter of Mosaic GPU programs lacks three things that the kernel uses, supplied here: a product whose left
-operand is in registers, a store to another block of the cluster, and the inline PTX that unpacks codes (replaced by
-the layout's own inverse).
+The inline PTX that unpacks codes is replaced by the layout's own inverse.
 """
 
 import dataclasses
 import importlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src import callback
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.int4_matmul import Config, pack, unpack
@@ -21,6 +16,7 @@ from pallas_kernels.int4_matmul.layout import CODE_OFFSET
 from pallas_kernels.int4_matmul.operand import MAGIC
 
 kernel = importlib.import_module("pallas_kernels.int4_matmul.mosaic_gpu")
+products = importlib.import_module("pallas_kernels.int4_matmul.products")
 
 
 def unpack_int4(tile, offset, scale, *, first_step, depth, dtype):
@@ -33,84 +29,20 @@ def unpack_int4(tile, offset, scale, *, first_step, depth, dtype):
     return weights[16 * first_step : 16 * first_step + depth].T
 
 
-def wgmma_from_registers(product):
-    """The interpreter's product, for a left operand that is a value."""
-
-    def wgmma(*, a_allocation_key_as_array, **others):
-        if a_allocation_key_as_array.ndim < 2:
-            return product(a_allocation_key_as_array=a_allocation_key_as_array, **others)
-        memory = gpu_callbacks._get_shared_memory()
-        thread, log = others["thread"], None
-        b_key = gpu_callbacks.HostAllocationKey.from_array(others["b_allocation_key_as_array"])
-        acc_key = gpu_callbacks.HostAllocationKey.from_array(others["acc_allocation_key_as_array"])
-        clean = lambda transforms: jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))  # noqa: E731
-        b_range = memory.access(b_key, clean(others["b_transforms"]))
-        acc_range = memory.access(acc_key, clean(others["acc_transforms"]))
-        b, *_ = memory.get_buffer_content(b_key, b_range, thread, logging_info=log)
-        acc, *_ = memory.get_buffer_content(acc_key, acc_range, thread, logging_info=log)
-        total = acc + np.matmul(np.asarray(a_allocation_key_as_array, np.float32), np.asarray(b, np.float32))
-        memory.store_buffer_content(acc_key, acc_range, total.astype(acc.dtype), thread, logging_info=log)
-        return others["token"]
-
-    return wgmma
-
-
-def store_to_peer(token, thread, value, ref_key, ref_transforms, barrier_key, peer):
-    """Write to a buffer of another block of the cluster, then arrive at that block's barrier."""
-    memory = gpu_callbacks._get_shared_memory()
-    there = lambda key: dataclasses.replace(  # noqa: E731
-        gpu_callbacks.HostAllocationKey.from_array(key), block_id=int(peer)
-    )
-    transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(ref_transforms))
-    ref = there(ref_key)
-    memory.store_buffer_content(ref, memory.access(ref, transforms), np.asarray(value), thread, logging_info=None)
-    barrier, clock = memory.get_barrier_and_increment_clock(there(barrier_key), thread)
-    barrier.arrive(thread, clock, None)
-    return token
-
-
-class PeerStores:
-    """Teaches the interpreter `async_store_smem`: noted when it is met, done at the `commit_smem` put behind it."""
-
-    def __init__(self, monkeypatch):
-        interpreter = jaxpr_interpret.JaxprInterpreter
-        self.noted, self.arithmetic, self.commit = (
-            [],
-            interpreter._interpret_arithmetic_primitive,
-            interpreter._interpret_commit_smem_p,
-        )
-        monkeypatch.setattr(interpreter, "_interpret_arithmetic_primitive", lambda *a: self.note(*a))
-        monkeypatch.setattr(interpreter, "_interpret_commit_smem_p", lambda *a: self.do(*a))
-        store = plgpu.async_store_smem
-        monkeypatch.setattr(plgpu, "async_store_smem", lambda *a, **k: (store(*a, **k), plgpu.commit_smem()))
-
-    def note(self, interpreter, eqn, invals):
-        if eqn.primitive.name != "async_store_smem":
-            return self.arithmetic(interpreter, eqn, invals)
-        value, ref, barrier, peer, *leaves = invals()
-        trees = eqn.params["ref_transforms_treedef"], eqn.params["barrier_transforms_treedef"]
-        count = trees[0].num_leaves
-        key, transforms = jaxpr_interpret.resolve_ref(eqn.invars[1].aval, ref, trees[0].unflatten(leaves[:count]))
-        arrive_at = jaxpr_interpret._get_barrier_allocation_key_from_inval(barrier, trees[1], leaves[count:])
-        self.noted.append((value, key, transforms, arrive_at, peer))
-        return []
-
-    def do(self, interpreter, eqn, token, invals):
-        if not self.noted:
-            return self.commit(interpreter, eqn, token, invals)
-        shape = gpu_callbacks.TOKEN_SHAPE_DTYPE
-        return callback.io_callback(store_to_peer, shape, token, interpreter.thread, *self.noted.pop()), []
+def unpack_int4_bytes(tiles, *, dtype):
+    """What `operand.unpack_int4_bytes` emits, in jnp."""
+    codes = unpack(jnp.stack([tile[...] for tile in tiles])[None], x_bytes=1).T
+    return 16 * codes if dtype == jnp.int8 else codes.astype(jnp.float32).astype(dtype)
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    monkeypatch.setattr(kernel, "unpack_int4", unpack_int4)
-    monkeypatch.setattr(gpu_callbacks, "wgmma", wgmma_from_registers(gpu_callbacks.wgmma))
-    PeerStores(monkeypatch)
+def interpreted(monkeypatch, complete_interpreter):
+    monkeypatch.setattr(products, "unpack_int4", unpack_int4)
+    monkeypatch.setattr(products, "unpack_int4_bytes", unpack_int4_bytes)
 
-    def run(x, weights, config):
+    def run(*operands, **options):
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(inline_mgpu="ignore")):
-            return kernel.int4_matmul_mosaic_gpu(x, weights, config=config)
+            return kernel.int4_matmul_mosaic_gpu(*operands, **options)
 
     return run
 
@@ -161,3 +93,34 @@ def test_interpreted_kernel_takes_several_weights(rng, interpreted, monkeypatch,
     outs = interpreted(x, tuple(weights), config=config)
     for out, right in zip(outs, exact, strict=True):  # rounded to 8 significant bits
         assert np.linalg.norm(np.asarray(out, np.float64) - right) <= 2.0**-8 * np.linalg.norm(right)
+
+
+# Codes of activations: sums of groups and of all inputs, several tiles a block, split and shared clusters.
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype", "groups", "changes"),
+    [
+        ("int8", "bfloat16", 3, {"num_warpgroups": 2}),
+        ("int8", "float32", 1, {"block_k": 256, "split_k": 2}),
+        ("float8_e4m3fn", "float32", 6, {"multicast": 2}),
+        ("float8_e4m3fn", "float16", 1, {"num_stages": 3}),
+    ],
+)
+def test_interpreted_kernel_takes_codes_of_activations(
+    rng, interpreted, monkeypatch, dtype, out_dtype, groups, changes
+):
+    monkeypatch.setattr(kernel, "num_clusters", lambda cluster, blocks_per_sm: 2)
+    m, k, n = 32, 384, 256
+    codes = rng.integers(-8, 8, (k, n)).astype(np.int8)
+    x = jnp.asarray(rng.integers(-128, 128, (m, k)), jnp.int8)
+    x = x if dtype == "int8" else (x.astype(jnp.float32) / 16).astype(dtype)
+    half = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    scale, bias, x_scale = half(groups, n), half(n), jnp.asarray(rng.uniform(0.5, 2, m), jnp.float32)
+    weight = (pack(jnp.asarray(codes), x_bytes=1), scale, None, bias)
+    config = dataclasses.replace(CONFIG, **({"block_m": 16} | changes))
+    (out,) = interpreted(x, (weight,), x_scale, out_dtype=out_dtype, config=config)
+    wide = codes * np.repeat(np.asarray(scale, np.float64), k // groups, axis=0)
+    exact = np.asarray(x, np.float64) @ wide * np.asarray(x_scale, np.float64)[:, None] + np.asarray(bias, np.float64)
+    assert out.dtype == out_dtype
+    # Rounded to the result's significant bits; sums of int8 codes are exact, those of fp8 float32's.
+    bound = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-20}[out_dtype]
+    assert np.linalg.norm(np.asarray(out, np.float64) - exact) <= bound * np.linalg.norm(exact)
