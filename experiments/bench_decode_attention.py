@@ -40,14 +40,16 @@ def main():
 def items(sweep: bool) -> list[dict]:
     """The rows to run, most wanted first."""
     item = lambda case, mode, config=None: {"case": case, "mode": mode, "config": config}  # noqa: E731
-    fast = [item(case, mode) for case in SPEED for mode in ("cudnn", "int4", "int8", "fp8", "bf16", "int2")]
+    fast = [item(case, mode) for modes in (("cudnn", "int4", "int8", "fp8"), ("bf16", "int2")) for case in SPEED
+            for mode in modes]  # fmt: skip
     checks = [item(case, mode) for case in CORRECTNESS for mode in BITS]
+    first = [check for check in checks if check["case"] in ("ragged", "paged")]
     splits = [item("ragged", mode, [64, 2, split]) for mode in ("int8", "int4") for split in (1, 2, 4, 8)]
     swept = [
         item(case, mode, list(config)) for mode, configs in SWEEP.items() for config in configs
         for case in ("b16_s4096", "b64_s8192")
     ]  # fmt: skip
-    return fast + checks + splits + (swept if sweep else [])
+    return first + fast + [check for check in checks if check not in first] + splits + (swept if sweep else [])
 
 
 def measure(item: dict) -> dict:

@@ -37,9 +37,10 @@ def dequantize(cache: Cache, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         }
         cache = cache._replace(**joined, page_table=None)
     k, v, k_scale, v_scale, k_offset, v_offset, recent, _ = cache
-    if not cache.grouped:
-        k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-        return (k, v) if k_scale is None else (k * k_scale[..., None], v * v_scale[:, :, None])
+    if k_scale is None or v_scale is None:
+        return k.astype(jnp.float32), v.astype(jnp.float32)
+    if recent is None or k_offset is None or v_offset is None:
+        return k.astype(jnp.float32) * k_scale[..., None], v.astype(jnp.float32) * v_scale[:, :, None]
     k = dequantize_codes(unpack_keys(k, cache.bits), k_scale, k_offset, cache.bits)
     v = dequantize_codes(unpack_values(v, cache.bits), v_scale, v_offset, cache.bits)
     token = jnp.arange(cache.capacity, dtype=jnp.int32)
