@@ -48,16 +48,15 @@ def find_blocks(body: core.Jaxpr, plan: Plan, depends: Callable[[core.Var], bool
     carried = _carried(body, plan, depends)
     last = {var: number for number, eqn in enumerate(body.eqns) for var in _variables(eqn)}
     made = {var: number for number, eqn in enumerate(body.eqns) for var in eqn.outvars}
-    live = {var for var in carried if made.get(var, -1) < plan.meets[0].number <= last.get(var, -1)}
-    meets, pieces, start, before = list(plan.meets), [], plan.meets[0].number - 1, -2
-    for number in range(plan.meets[0].number, len(body.eqns)):
-        outvars = [var for var in body.eqns[number].outvars if var in carried]
-        live = {var for var in [*live, *outvars] if last.get(var, -1) > number}
+    live = {var for var in carried if var not in made}
+    meets, pieces, start, before = list(plan.meets), [], -1, -1
+    for number, eqn in enumerate(body.eqns):
+        live = {var for var in [*live, *eqn.outvars] if var in carried and last.get(var, -1) > number}
         through = [var for var in live if made.get(var, -1) >= before]
-        if len(through) == 1 and meets and meets[0].number <= number:
+        if len(through) == 1 and meets:
             inside = tuple(itertools.takewhile(lambda meet, end=number: meet.number <= end, meets))
-            pieces.append(Block(inside, start, tuple(through)))
-            meets, start, before = meets[len(inside) :], number, made[through[0]]
+            pieces += [Block(inside, start, tuple(through))] if inside else []
+            meets, start, before = meets[len(inside) :], number, made.get(through[0], -1)
     blocks = [_join(some) for some in itertools.batched(pieces, cuts)]
     if meets:
         ends = [var for var in body.outvars if isinstance(var, core.Var) and var in carried and made[var] > start]

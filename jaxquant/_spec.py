@@ -30,7 +30,10 @@ class PerTensor:
 
 @dataclasses.dataclass(frozen=True)
 class PerChannel:
-    """One scale for each output channel of a weight: shared along its contracting axis."""
+    """One scale for each output channel of a weight: shared along its contracting axis.
+
+    For a static activation, one for each input channel; the weight's rows are multiplied by it before they are rounded.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +165,16 @@ class QuantSpec:
         activation = self.activation
         if activation is None:
             return
-        if not isinstance(activation.granularity, PerTensor | PerToken | PerGroup):
+        by_channel = isinstance(activation.granularity, PerChannel)
+        if by_channel and not (activation.static and activation.symmetric):
             raise ValueError(
-                f"QuantSpec: activations take PerTensor(), PerToken() or PerGroup(size), got {activation.granularity}:"
-                " other scales cannot be divided out of a sum"
+                "QuantSpec: an activation of PerChannel() takes static=True and a symmetric format, as its scales go"
+                f" into the weight's rows; got static={activation.static}, {activation.qtype!r}"
+            )
+        if not by_channel and not isinstance(activation.granularity, PerTensor | PerToken | PerGroup):
+            raise ValueError(
+                "QuantSpec: activations take PerTensor(), PerToken(), PerGroup(size) or, where static, PerChannel(),"
+                f" got {activation.granularity}: other scales cannot be divided out of a sum"
             )
         weight = self.weight.format
         if activation.format.packed or activation.format.kind == "table" or activation.format.bits > 8:

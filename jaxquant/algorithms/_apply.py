@@ -19,10 +19,10 @@ from jaxquant._matrix import (
 )
 from jaxquant._outliers import OutlierArray
 from jaxquant._qarray import QArray, from_codes
-from jaxquant._spec import QuantSpec
+from jaxquant._spec import PerChannel, PerTensor, QuantSpec
 from jaxquant._statistics import Statistics
-from jaxquant.algorithms._transform import Outliers, WeightState, WeightTransform, chain
-from jaxquant.algorithms.ranges import activation_scale, range_needs
+from jaxquant.algorithms._transform import Outliers, WeightState, WeightTransform, chain, rescale_inputs
+from jaxquant.algorithms.ranges import activation_scale, channel_scales, range_needs
 from jaxquant.algorithms.rtn import finish
 
 
@@ -84,16 +84,27 @@ def _quantize_form(
     for _ in range(form.batch_dims):
         one = jax.vmap(one)
     state, act_scale, act_zero_point = one(to_matrix(w, form), pad_statistics(stats, form))
-    return _to_container(state, act_scale, act_zero_point, spec, form, w.dtype), state.report
+    return _to_container(state, act_scale, act_zero_point, stored_spec(spec), form, w.dtype), state.report
 
 
 def _quantize_matrix(w: jax.Array, stats: Statistics, *, transform: WeightTransform, spec: QuantSpec):
     start = WeightState(w, stats)
-    state = finish(start, transform.apply(start, spec), spec)
     activation = spec.activation
     if activation is None or not activation.static:
-        return state, None, None
+        return finish(start, transform.apply(start, spec), spec), None, None
+    if isinstance(activation.granularity, PerChannel):
+        scaled = rescale_inputs(start, 1 / channel_scales(stats, activation))
+        return finish(start, transform.apply(scaled, stored_spec(spec)), spec), jnp.ones(()), None
+    state = finish(start, transform.apply(start, spec), spec)
     return state, *activation_scale(state.stats, activation)
+
+
+def stored_spec(spec: QuantSpec) -> QuantSpec:
+    """The spec as products see it: scales for each channel of an activation lie in `pre_scale` and the weight."""
+    activation = spec.activation
+    if activation is None or not isinstance(activation.granularity, PerChannel):
+        return spec
+    return dataclasses.replace(spec, activation=dataclasses.replace(activation, granularity=PerTensor()))
 
 
 def pad_statistics(stats: Statistics, form: MatrixForm) -> Statistics:

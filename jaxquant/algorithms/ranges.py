@@ -1,7 +1,10 @@
-"""Static activation ranges: one scale for a product's inputs, chosen from what calibration saw.
+"""Static activation ranges: one scale for a product's inputs or for each channel, chosen from what calibration saw.
 
-Every method but minmax and the moving average works on the histogram of the inputs. The candidates of the searches are
-the full range times 0.01, 0.02, ..., 1.
+Every method but minmax and the moving average works on the histogram of the inputs, or of a channel's samples. The
+candidates of the searches are the full range times 0.01, 0.02, ..., 1.
+
+A scale for each channel cannot be divided out of a sum over channels, so it is multiplied into the weight's rows, and
+the inputs meet `pre_scale`, its reciprocal, and then one scale of 1.
 
 Differs from the papers in:
 1. KL (Migacz 2017) is TensorRT's search over 2048 bins of |x|; an asymmetric range is cut on both sides by its
@@ -21,10 +24,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant._numerics import decode, encode, find_scale, range_to_scale
-from jaxquant._spec import PerGroup, PerTensor, TensorSpec
+from jaxquant._spec import PerChannel, PerGroup, PerTensor, TensorSpec
 from jaxquant._statistics import BINS, Statistics, histogram_of, require
 
 CANDIDATES = 100
+CHANNELS = 64  # whose histograms are searched at once
 ITERATIONS = 30  # of alternating least squares: it stops moving after a few
 
 
@@ -45,6 +49,8 @@ def range_needs(spec: TensorSpec) -> frozenset[str]:
         return frozenset()
     if spec.range in ("absmax", "minmax"):
         return frozenset({"range"})
+    if isinstance(spec.granularity, PerChannel):
+        return frozenset({"range", "samples"})
     if spec.range == "moving_average":
         return frozenset({"range", "moving_average"})
     return frozenset({"range", "histogram", "samples"})
@@ -71,7 +77,8 @@ def activation_scale(stats: Statistics, spec: TensorSpec) -> tuple[jax.Array, ja
     """
     if not isinstance(spec.granularity, PerTensor):
         raise ValueError(
-            f"a static activation takes PerTensor(), got {spec.granularity}; leave static=False for others"
+            f"a static activation takes PerTensor() or PerChannel(), got {spec.granularity}; leave static=False for"
+            " others"
         )
     low, high = jnp.min(require(stats, "low")), jnp.max(require(stats, "high"))
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
@@ -79,7 +86,47 @@ def activation_scale(stats: Statistics, spec: TensorSpec) -> tuple[jax.Array, ja
         low, high = jnp.minimum(stats.average[0], 0.0), jnp.maximum(stats.average[1], 0.0)
     if spec.range in ("absmax", "minmax", "moving_average"):
         return range_to_scale(low, high, spec)
-    counts, exponent = _histogram(stats)
+    return _choose(low, high, *_histogram(stats), spec)
+
+
+def channel_scales(stats: Statistics, spec: TensorSpec) -> jax.Array:
+    """Chooses a static scale for each channel of a product's inputs.
+
+    Args:
+        stats: statistics of the inputs.
+        spec: the activation's spec, symmetric; its `range` names the method.
+
+    Returns:
+        [K] float32; 1 for channels that never fired.
+
+    Raises:
+        ValueError: moving averages, which are gathered over all channels.
+
+    >>> from jaxquant._statistics import init_statistics, update_statistics
+    >>> spec = TensorSpec("int8", PerChannel(), grid="restricted", static=True)
+    >>> stats = update_statistics(init_statistics({"range"}, 2), jnp.asarray([[-127.0, 254.0]]))
+    >>> channel_scales(stats, spec).tolist()
+    [1.0, 2.0]
+    """
+    if spec.range == "moving_average":
+        raise ValueError("range='moving_average' is gathered over all channels, not for each; take PerTensor()")
+    low, high = jnp.minimum(require(stats, "low"), 0.0), jnp.maximum(require(stats, "high"), 0.0)
+    if spec.range in ("absmax", "minmax"):
+        return range_to_scale(low, high, spec)[0].astype(jnp.float32)
+    seen = require(stats, "priority") >= 0
+
+    def one(channel: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        low, high, values = channel
+        return _choose(low, high, *histogram_of(values, seen), spec)[0].astype(jnp.float32)
+
+    scales = jax.lax.map(one, (low, high, require(stats, "samples").T), batch_size=CHANNELS)
+    return jnp.where(high > low, scales, 1.0)
+
+
+def _choose(
+    low: jax.Array, high: jax.Array, counts: jax.Array, exponent: jax.Array, spec: TensorSpec
+) -> tuple[jax.Array, jax.Array | None]:
+    """The scale and zero point of values with a histogram, by the methods that need one."""
     values = jnp.ldexp((jnp.arange(BINS, dtype=jnp.float32) + 0.5 - BINS // 2) / (BINS // 2), exponent)
     if spec.range == "percentile":
         low, high = _cut(low, high, percentile_threshold(counts, exponent, spec.percentile))

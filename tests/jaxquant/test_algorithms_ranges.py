@@ -1,14 +1,17 @@
 """Static activation ranges, each against its definition in NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant._spec import PerGroup, PerTensor, PerToken, QuantSpec, TensorSpec
+import jaxquant as jq
+from jaxquant._spec import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, TensorSpec
 from jaxquant._statistics import BINS, init_statistics, update_statistics
 from jaxquant.algorithms._apply import needed_statistics, quantize_weight
-from jaxquant.algorithms.ranges import activation_scale, fake_quantize_activation, kl_threshold
+from jaxquant.algorithms.ranges import activation_scale, channel_scales, fake_quantize_activation, kl_threshold
 from jaxquant.algorithms.smoothquant import smoothquant
 
 EPS = float(jnp.finfo(jnp.float32).eps)
@@ -133,6 +136,46 @@ def test_samples_stand_in_after_a_pre_scale(rng):
     assert 0.2 * smoothed <= q.act_scale.item() * 127 <= smoothed * (1 + 4 * EPS)
 
 
+@pytest.mark.parametrize("method", ["absmax", "percentile", "kl", "mse", "cosine", "admm"])
+def test_each_channels_scale_is_that_of_the_channel_alone(rng, method):
+    x = heavy_tailed(rng, tokens=200, channels=3) * np.asarray([[1, 30, 0]], np.float32)
+    spec = spec_of(method, percentile=99.0)
+    scales = jax.jit(channel_scales, static_argnames="spec")(
+        gather(x), dataclasses.replace(spec, granularity=PerChannel())
+    )
+    for channel in range(2):
+        alone, _ = choose(gather(x[:, channel : channel + 1]), spec)
+        assert scales[channel] == pytest.approx(float(alone), rel=16 * EPS)  # fewer rows than are sampled: all of them
+    assert scales[2] == 1
+
+
+def test_scales_by_channel_run_as_one_integer_product(rng):
+    """Inputs are rounded by their channel's scale, which the weight's rows carry; by rule beside a dynamic weight."""
+    x = heavy_tailed(rng, tokens=64, channels=32) * np.exp(2 * rng.standard_normal((1, 32))).astype(np.float32)
+    params = {
+        "a": rng.standard_normal((32, 24)).astype(np.float32),
+        "b": rng.standard_normal((24, 8)).astype(np.float32),
+    }
+    weight = TensorSpec("int8", grid="restricted")
+    static = QuantSpec(weight, TensorSpec("int8", PerChannel(), grid="restricted", static=True))
+    dynamic = QuantSpec(TensorSpec("int8"), TensorSpec("int8", PerToken()))
+    config = jq.QuantConfig(static, rules=(jq.Rule("b", dynamic),), skip=())
+    model = lambda p, x: (x @ p["a"], jnp.tanh(x @ p["a"]) @ p["b"])  # noqa: E731
+    q = jq.quantize(params, config, apply_fn=model, batches=[jnp.asarray(x)])
+    assert (q["a"].activation.granularity, q["a"].act_scale.item()) == (PerTensor(), 1)
+    assert q["b"].act_scale is None
+    step = np.abs(x).max(0) / 127
+    np.testing.assert_allclose(q["a"].pre_scale.ravel(), 1 / step, rtol=4 * EPS)
+    rows = params["a"] * step[:, None]
+    scale = np.abs(rows).max(0) / 127
+    codes = np.clip(np.round(rows / scale), -128, 127)
+    expected = np.round(x.astype(np.float64) / step) @ codes * scale
+    got, _ = jax.jit(jq.quantized(model))(q, jnp.asarray(x))
+    # The integer product is exact; where a quotient lies half way, one code of each factor may differ, by a step.
+    np.testing.assert_allclose(got, expected, atol=128 * scale.max(), rtol=1e-5)
+    assert np.mean(np.isclose(got, expected, atol=1e-5 * np.abs(expected).max())) > 0.9
+
+
 def test_static_scales_of_a_stack(rng):
     x = np.stack([heavy_tailed(rng), 3 * heavy_tailed(rng)])
     needs = {"range"}
@@ -155,7 +198,11 @@ def test_fake_quantized_activation_bounds(rng):
 
 def test_refusals(rng):
     stats = gather(heavy_tailed(rng))
-    with pytest.raises(ValueError, match=r"takes PerTensor\(\), got PerToken"):
+    with pytest.raises(ValueError, match=r"takes PerTensor\(\) or PerChannel\(\), got PerToken"):
         activation_scale(stats, TensorSpec("int8", PerToken(), static=True))
+    with pytest.raises(ValueError, match="over all channels, not for each"):
+        channel_scales(stats, TensorSpec("int8", PerChannel(), range="moving_average", static=True))
+    with pytest.raises(ValueError, match="takes static=True and a symmetric format"):
+        QuantSpec(TensorSpec("int8"), TensorSpec("int8", PerChannel()))
     with pytest.raises(ValueError, match="levels of an integer"):
         activation_scale(stats, TensorSpec("float8_e4m3fn", PerTensor(), range="kl", static=True))
