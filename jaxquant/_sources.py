@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from jaxquant._store import Reader
 from jaxquant.checkpoint import MANIFEST, Manifest, read_manifest
 from jaxquant.interop import Module, plan_huggingface
 from jaxquant.interop.huggingface import insert
+
+AHEAD_BYTES = 1 << 26  # opening an orbax folder takes as long as reading this much of small leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +104,36 @@ def read_leaf(source: Source, number: int) -> Any:
         raise ValueError(f"{leaf.path}: {error}") from error
 
 
+class _Ahead:
+    """Reads leaves that are asked for in order several at a time; it holds `AHEAD_BYTES` of them, or one."""
+
+    def __init__(self, read: Callable[[Sequence[int]], dict[int, Any]]):
+        """Takes the function that reads leaves by their numbers; their sizes come when they are known."""
+        self.sizes: list[int] = []
+        self._read = read
+        self._held: dict[int, Any] = {}
+        self._next = 0
+
+    def take(self, number: int) -> Any:
+        if number not in self._held:
+            self._held.clear()
+            self._held = self._read(self._together(number))
+        self._next = number + 1
+        return self._held.pop(number)
+
+    def _together(self, number: int) -> Sequence[int]:
+        if number != self._next:
+            return [number]
+        ends = np.cumsum(self.sizes[number:])
+        return range(number, number + max(1, int(np.searchsorted(ends, AHEAD_BYTES, "right"))))
+
+
 def _open_ours(folder: pathlib.Path) -> Source:
     manifest = read_manifest(folder)
     reader = Reader(folder, manifest.shards, manifest.records)
     leaves: list[Leaf] = []
+    places: list[tuple[str, Any, list[int]]] = []
+    ahead = _Ahead(lambda numbers: _read_ours(reader, {number: places[number] for number in numbers}))
 
     def add(path: str, node: Any) -> Any:
         numbers: list[int] = []
@@ -114,20 +143,21 @@ def _open_ours(folder: pathlib.Path) -> Source:
             return manifest.records[number].abstract
 
         abstract = decode_tree(node, note, path)
-        nbytes = sum(manifest.records[number].nbytes for number in numbers)
-        leaves.append(Leaf(path, nbytes, abstract, functools.partial(_read_ours, reader, node, numbers, path)))
+        ahead.sizes.append(sum(manifest.records[number].nbytes for number in numbers))
+        places.append((path, node, numbers))
+        leaves.append(Leaf(path, ahead.sizes[-1], abstract, functools.partial(ahead.take, len(leaves))))
         return {"leaf": len(leaves) - 1}
 
     tree = replace_leaves(manifest.tree, add)
     return Source("jaxquant", tree, tuple(leaves), _fingerprint(folder, MANIFEST), manifest, manifest.huggingface)
 
 
-def _read_ours(reader: Reader, node: Any, numbers: list[int], path: str) -> Any:
-    arrays: dict[int, Any] = dict(reader.read(numbers))
-    for number in numbers:
+def _read_ours(reader: Reader, places: dict[int, tuple[str, Any, list[int]]]) -> dict[int, Any]:
+    arrays: dict[int, Any] = dict(reader.read([number for _, _, numbers in places.values() for number in numbers]))
+    for number in arrays:
         if (impl := reader.records[number].key_impl) is not None:
             arrays[number] = jax.random.wrap_key_data(arrays[number], impl=impl)
-    return decode_tree(node, arrays.__getitem__, path)
+    return {leaf: decode_tree(node, arrays.__getitem__, path) for leaf, (path, node, _) in places.items()}
 
 
 def _open_orbax(folder: pathlib.Path) -> Source:
@@ -135,16 +165,32 @@ def _open_orbax(folder: pathlib.Path) -> Source:
         metadata = checkpointer.metadata(folder).item_metadata
     if metadata is None or metadata.tree is None:
         raise ValueError(f"{folder}: orbax finds no tree in it")
-    held = jax.tree_util.tree_flatten_with_path(metadata.tree, is_leaf=_is_metadata)[0]
-    numbers = iter(range(len(held)))
-    tree = _unbox(jax.tree.map(lambda _: next(numbers), metadata.tree, is_leaf=_is_metadata))
+    held, structure = jax.tree.flatten(metadata.tree, is_leaf=_is_metadata)
+    tree = _unbox(jax.tree.unflatten(structure, range(len(held))))
+    ahead = _Ahead(functools.partial(_read_orbax, folder, held, structure))
     leaves = []
-    for (keys, leaf), (place, _) in zip(held, jax.tree_util.tree_flatten_with_path(tree)[0], strict=True):
+    for leaf, (place, number) in zip(held, jax.tree_util.tree_flatten_with_path(tree)[0], strict=True):
         path = "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in place)
         abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        nbytes = abstract.size * np.dtype(leaf.dtype).itemsize
-        leaves.append(Leaf(path, nbytes, abstract, functools.partial(_read_orbax, folder, metadata.tree, keys)))
+        ahead.sizes.append(abstract.size * np.dtype(leaf.dtype).itemsize)
+        leaves.append(Leaf(path, ahead.sizes[-1], abstract, functools.partial(ahead.take, number)))
     return Source("orbax", _skeleton(tree), tuple(leaves), _fingerprint(folder, "*", "*/*", "*/*/*"))
+
+
+def _read_orbax(
+    folder: pathlib.Path, held: Sequence[Any], structure: jax.tree_util.PyTreeDef, numbers: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """Restores some of the leaves; orbax passes over placeholders."""
+    item = [ocp.PLACEHOLDER] * len(held)
+    for number in numbers:
+        item[number] = jax.ShapeDtypeStruct(held[number].shape, held[number].dtype)
+    args = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(held)
+    request = ocp.args.PyTreeRestore(
+        item=jax.tree.unflatten(structure, item), restore_args=jax.tree.unflatten(structure, args)
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored = jax.tree.leaves(checkpointer.restore(folder, args=request))
+    return {number: restored[number] for number in numbers}
 
 
 def _is_metadata(node: Any) -> bool:
@@ -161,19 +207,6 @@ def _unbox(tree: Any) -> Any:
 def _opened(node: Any) -> Any:
     boxed = isinstance(node, dict) and node.keys() == {"value"} and isinstance(node["value"], int)
     return node["value"] if boxed else node
-
-
-def _read_orbax(folder: pathlib.Path, tree: Any, keys: tuple[Any, ...]) -> np.ndarray:
-    """Restores one leaf; orbax passes over placeholders."""
-    item = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if path == keys else ocp.PLACEHOLDER,
-        tree,
-        is_leaf=_is_metadata,
-    )
-    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=_is_metadata)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
-    return next(leaf for leaf in jax.tree.leaves(restored) if leaf is not ocp.PLACEHOLDER)
 
 
 def _skeleton(tree: Any) -> Any:

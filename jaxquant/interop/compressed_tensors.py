@@ -16,7 +16,7 @@ A linear layer [N outputs, K inputs] is kept in one of these forms; which, is to
 """
 
 import dataclasses
-import re
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -26,6 +26,7 @@ from jaxquant._qarray import QArray
 from jaxquant._qtypes import get_qtype
 from jaxquant._spec import PerGroup, PerTensor, PerToken, TensorSpec
 from jaxquant.interop._linear import FLOATS, Tensors, check_finite, check_surplus, expect, input_order, make_linear
+from jaxquant.interop._patterns import compile_pattern
 from jaxquant.interop._words import fit, to_storage, unpack_words, words_to_storage
 
 SUFFIXES = (
@@ -39,7 +40,8 @@ class Scheme:
     """How one group of layers is quantized.
 
     Attributes:
-        targets: names, `re:` patterns or class names of the layers.
+        targets: names or class names of the layers.
+        patterns: whether a name fits, for each `re:` target.
         weights: the weight's arguments as in config.json.
         inputs: the activation's, or None.
     """
@@ -47,13 +49,11 @@ class Scheme:
     targets: tuple[str, ...]
     weights: dict[str, Any]
     inputs: dict[str, Any] | None
+    patterns: tuple[Callable[[str], bool], ...] = ()
 
     def names(self, module: str) -> bool:
         """Whether a target speaks of the module by name or pattern."""
-        return any(
-            re.match(target[3:], module) is not None if target.startswith("re:") else target == module
-            for target in self.targets
-        )
+        return module in self.targets or any(matches(module) for matches in self.patterns)
 
 
 def parse_config(config: dict[str, Any]) -> tuple[Scheme, ...]:
@@ -79,10 +79,9 @@ def parse_config(config: dict[str, Any]) -> tuple[Scheme, ...]:
     for name, group in groups.items():
         try:
             targets = tuple(map(str, group["targets"]))
-            for target in targets:
-                re.compile(target.removeprefix("re:"))
-            schemes.append(Scheme(targets, dict(group["weights"]), group.get("input_activations")))
-        except (TypeError, KeyError, ValueError, re.error) as error:
+            patterns = tuple(compile_pattern(target[3:]) for target in targets if target.startswith("re:"))
+            schemes.append(Scheme(targets, dict(group["weights"]), group.get("input_activations"), patterns))
+        except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"quantization_config: config_groups.{name} is malformed: {error!r}") from error
     return tuple(schemes)
 

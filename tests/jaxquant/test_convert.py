@@ -17,6 +17,7 @@ import safetensors.numpy
 from flax import nnx
 
 import jaxquant._journal
+import jaxquant._sources
 import jaxquant.conversion
 from jaxquant import QArray, QuantConfig, Rule, load, quantize, save
 from jaxquant.__main__ import main
@@ -145,6 +146,27 @@ def test_only_arrays_alone_in_a_box_are_taken_out(tmp_path):
     assert_same(load(tmp_path / "out"), tree | {"attention": {"value": {"kernel": array}, "key": array + 1}})
     paths = {leaf.path for leaf in inspect(tmp_path / "orbax").leaves}
     assert paths == {"attention/value/kernel", "attention/key", "table/key", "table/value"}
+
+
+@pytest.mark.parametrize("kind", ["orbax", "ours"])
+def test_small_leaves_are_read_together_in_order_and_alone_out_of_it(tmp_path, monkeypatch, rng, kind):
+    """Opening an orbax folder of n leaves takes time in proportion to n: once a leaf would be its square."""
+    tree = {f"{n:02}": rng.normal(size=(n + 1, 4)).astype(np.float32) for n in range(40)}
+    if kind == "ours":
+        save(tmp_path / "src", tree)
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "src", tree)
+    opened = []
+    original = ocp.Checkpointer.restore
+    monkeypatch.setattr(ocp.Checkpointer, "restore", lambda *a, **k: opened.append(0) or original(*a, **k))
+    monkeypatch.setattr(jaxquant._sources, "AHEAD_BYTES", 16 * 820 // 4)  # a quarter of all
+    source = open_source(tmp_path / "src")
+    for leaf in source.leaves:
+        np.testing.assert_array_equal(leaf.read(), tree[leaf.path])
+    assert 4 <= len(opened) <= 6
+    for leaf in reversed(source.leaves):
+        np.testing.assert_array_equal(leaf.read(), tree[leaf.path])
 
 
 def test_steps_of_a_manager_are_named(tmp_path):

@@ -244,6 +244,9 @@ def test_the_layers_that_are_right(format):
     assert np.isfinite(np.asarray(dequantize_array(q))).all()
 
 
+BOMB = r"(\w+|\.)+(.*.*)+!"  # `re` would be busy with it for ever
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -257,6 +260,10 @@ def test_the_layers_that_are_right(format):
         (
             {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["re:("], "weights": {}}}},
             "config_groups.g is malformed",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": [f"re:{BOMB}"], "weights": {}}}},
+            "no target of quantization_config speaks of it",
         ),
         (
             {"quant_method": "compressed-tensors", "config_groups": {"g": {}}, "transform_config": {"x": 1}},
