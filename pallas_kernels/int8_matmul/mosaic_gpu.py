@@ -24,13 +24,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._cluster_sum import add_over_cluster
 from pallas_kernels.int8_matmul.config import COPY_ALIGNMENT, Config, num_clusters, shares_x
 from pallas_kernels.int8_matmul.layout import BLOCK
-
-TILE = 64
-DEEPEST = 256  # inputs that the fp8 tensor core sums by itself: it keeps about 14 bits
-PER_ROW = plgpu.Layout.WGMMA.reduce(1)
-PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+from pallas_kernels.int8_matmul.products import PER_COLUMN, PER_ROW, TILE, exact_product, promoted_product
 
 # Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at
 # launch (168, 128, 96) pays exactly for what the others take, in steps of 8.
@@ -262,7 +259,7 @@ def _await_last(barriers, count, slots: int):
 def _compute_tiles(plan: _Plan, warpgroup, vectors, out, smem):
     """Multiply this warpgroup's rows of every tile, reduce over the cluster, scale, store."""
     c = plan.config
-    product = _product_promoted if plan.promoted else _product_exact
+    product = promoted_product if plan.promoted else exact_product
 
     def visit(count, m_tile, n_tile, first, last, position):
         first_m, first_n = m_tile * c.block_m, n_tile * c.block_n
@@ -275,7 +272,8 @@ def _compute_tiles(plan: _Plan, warpgroup, vectors, out, smem):
             if c.split_k == 1:
                 store(total, 0)
             else:
-                _reduce(plan, warpgroup, smem, count, total, store)
+                shared = {name: smem[name].at[warpgroup] for name in ("partial", "arrived", "free")}
+                add_over_cluster(total, count, store, axis="peer", split=c.split_k, chunks=c.chunks, **shared)
         if plan.tile_vectors:
             plgpu.barrier_arrive(smem["vectors_empty"].at[lax.rem(count, jnp.int32(2))])
         return position + (last - first)
@@ -284,129 +282,6 @@ def _compute_tiles(plan: _Plan, warpgroup, vectors, out, smem):
     if c.split_k > 1:  # A block must outlive the arrivals of its peers.
         plgpu.barrier_wait(smem["free"].at[warpgroup])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _multiply(plan: _Plan, warpgroup, smem, slot, acc, i: int, inputs):
-    """Issue `acc += rows columns^T` over the inputs of a stage, for the warpgroup's `i`-th 64 rows."""
-    rows, columns = ("weight", "x") if plan.config.weights_first else ("x", "weight")
-    own = pl.ds((warpgroup * plan.row_tiles + i) * TILE, TILE)
-    plgpu.wgmma(acc, smem[rows].at[slot, own, inputs], smem[columns].at[slot, :, inputs].T)
-
-
-def _product_exact(plan: _Plan, warpgroup, vectors, smem, first, last, position, first_n):
-    """One long product in the accumulator; a stage is given back when the next one's product is under way."""
-    del vectors, first_n
-    c = plan.config
-    stages = jnp.int32(c.num_stages)
-
-    def multiply(*accs):
-        def stage(step, _):
-            at = position + (step - first)
-            plgpu.barrier_wait(smem["full"].at[lax.rem(at, stages)])
-            for i, acc in enumerate(accs):
-                _multiply(plan, warpgroup, smem, lax.rem(at, stages), acc, i, slice(None))
-            plgpu.wgmma_wait(len(accs))
-            pl.when(step > first)(lambda: plgpu.barrier_arrive(smem["empty"].at[lax.rem(at - 1 + stages, stages)]))
-
-        lax.fori_loop(first, last, stage, None)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(smem["empty"].at[lax.rem(position + (last - first) - 1, stages)])
-        return tuple(acc[...] for acc in accs)
-
-    accs = [plgpu.ACC((TILE, c.columns), plan.acc_dtype)] * plan.row_tiles
-    return pl.run_scoped(multiply, *accs)
-
-
-def _product_promoted(plan: _Plan, warpgroup, vectors, smem, first, last, position, first_n):
-    """A product every 256 inputs at most (every 128, if scales are blocked), added to float32 totals in registers."""
-    c = plan.config
-    depth = BLOCK if plan.blocked or c.block_k % DEEPEST else DEEPEST
-
-    def part(slot, i, group):
-        def multiply(acc):
-            _multiply(plan, warpgroup, smem, slot, acc, i, pl.ds(group * depth, depth))
-            return acc[...]
-
-        return pl.run_scoped(multiply, plgpu.ACC((TILE, c.columns), plan.acc_dtype)).astype(jnp.float32)
-
-    def stage(step, totals):
-        slot = lax.rem(position + (step - first), jnp.int32(c.num_stages))
-        w_scales = [
-            _block_scale(plan, warpgroup, vectors, step * plan.groups + g, first_n)
-            for g in range(plan.groups * plan.blocked)
-        ]
-        plgpu.barrier_wait(smem["full"].at[slot])
-        for group in range(c.block_k // depth):
-            parts = []
-            for i, total in enumerate(totals):
-                value = part(slot, i, group)
-                if plan.blocked:
-                    value = value * _group_scale(plan, warpgroup, smem, slot, i, group, w_scales[group])
-                parts.append(total + value)
-            totals = tuple(parts)
-        if (
-            plan.blocked and c.multicast > 1
-        ):  # One lane arrives at the peers' barriers: all must have read their scales.
-            plgpu.commit_smem()
-        plgpu.barrier_arrive(smem["empty"].at[slot])
-        return totals
-
-    zeros = plgpu.layout_cast(jnp.zeros((TILE, c.columns), jnp.float32), plgpu.Layout.WGMMA)
-    return lax.fori_loop(first, last, stage, (zeros,) * plan.row_tiles)
-
-
-def _block_scale(plan: _Plan, warpgroup, vectors, group, first_n):
-    """The scale of the one 128 x 128 block of the weight that this warpgroup's part of a group lies in."""
-    first_row = warpgroup * plan.row_tiles * TILE if plan.config.weights_first else 0
-    block = lax.div(first_n + first_row, jnp.int32(BLOCK))
-    last_group, last_block = (size - 1 for size in vectors["w_scale"].shape)
-    return vectors["w_scale"][jnp.minimum(group, last_group), jnp.minimum(block, last_block)].astype(jnp.float32)
-
-
-def _group_scale(plan: _Plan, warpgroup, smem, slot, i: int, group: int, w_scale):
-    """Both scales of a group's product, in the shape of the accumulator."""
-    shape = (TILE, plan.config.columns)
-    if plan.config.weights_first:
-        scale = plgpu.load(smem["group_scale"].at[slot, group], layout=PER_COLUMN, optimized=False)
-        return lax.broadcast_in_dim(scale * w_scale, shape, (1,))
-    own = pl.ds((warpgroup * plan.row_tiles + i) * TILE, TILE)
-    scale = plgpu.load(smem["group_scale"].at[slot, group, own], layout=PER_ROW, optimized=False)
-    return lax.broadcast_in_dim(scale * w_scale, shape, (0,))
-
-
-def _reduce(plan: _Plan, warpgroup, smem, count, total, store):
-    """Add the cluster's partial sums of a tile in a fixed order; the blocks take turns to own its chunks of columns."""
-    split, chunks = plan.config.split_k, plan.config.chunks
-    rank = lax.axis_index("peer")
-    pl.when(count > 0)(lambda: plgpu.barrier_wait(smem["free"].at[warpgroup]))
-    owners = [lax.rem(count * chunks + q, jnp.int32(split)) for q in range(chunks)]
-    pieces = [total[:, q * plan.config.chunk : (q + 1) * plan.config.chunk] for q in range(chunks)]
-    for owner, piece in zip(owners, pieces, strict=True):
-
-        @pl.when(rank != owner)
-        def _send(owner=owner, piece=piece):
-            place = lax.rem(rank - owner - 1 + split, jnp.int32(split))
-            plgpu.async_store_smem(
-                lax.bitcast_convert_type(piece, jnp.float32),
-                smem["partial"].at[warpgroup, place],
-                smem["arrived"].at[warpgroup],
-                cluster_idx=owner,
-                cluster_dim="peer",
-            )
-
-    for q, (owner, piece) in enumerate(zip(owners, pieces, strict=True)):
-
-        @pl.when(rank == owner)
-        def _add(piece=piece, q=q):
-            plgpu.barrier_wait(smem["arrived"].at[warpgroup])
-            total = piece
-            for place in range(split - 1):
-                partial = plgpu.load(smem["partial"].at[warpgroup, place], layout=plgpu.Layout.WGMMA)
-                total = total + lax.bitcast_convert_type(partial, total.dtype)
-            store(total, q * plan.config.chunk)
-
-    plgpu.commit_smem()  # All lanes have read before one of them says so.
-    plgpu.barrier_arrive(smem["free"].at[warpgroup])
 
 
 def _store(plan: _Plan, warpgroup, vectors, out, smem, count, row, first_m, first_n, total, column: int):
