@@ -1,7 +1,8 @@
 """One small int4 product of each regime, for compute-sanitizer.
 
-XLA_PYTHON_CLIENT_PREALLOCATE=false compute-sanitizer --tool memcheck python -m experiments.sanitize_int4
-XLA_PYTHON_CLIENT_PREALLOCATE=false compute-sanitizer --tool racecheck python -m experiments.sanitize_int4
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+timeout 300 compute-sanitizer --tool memcheck python -m experiments.sanitize_int4
+timeout 300 compute-sanitizer --tool racecheck python -m experiments.sanitize_int4
 """
 
 import functools
@@ -11,7 +12,8 @@ import jax
 from experiments import _int4
 from pallas_kernels.int4_matmul import Config, int4_matmul
 
-# Ragged K and N, zero points and bias; split and shared clusters; both places of the scale; blocks that share an SM.
+# Ragged K and N, zero points and bias; split and shared clusters; both places of the scale; blocks that share an SM;
+# codes of activations.
 CASES = (
     ({"m": 5, "zero": True, "bias": True}, {"block_m": 8, "num_warpgroups": 2, "split_k": 2, "scale_after": True}),
     ({"m": 13}, {"block_m": 16, "num_warpgroups": 1, "split_k": 4, "scale_after": True, "blocks_per_sm": 2}),
@@ -19,6 +21,8 @@ CASES = (
     ({"m": 60, "zero": True}, {"block_m": 64, "num_warpgroups": 2, "split_k": 2, "scale_after": False}),
     ({"m": 150}, {"block_m": 128, "num_warpgroups": 2, "split_k": 2, "scale_after": False, "multicast": 2}),
     ({"m": 300, "bias": True}, {"block_m": 256, "num_warpgroups": 2, "split_k": 1, "scale_after": False}),
+    ({"m": 13, "dtype": "int8"}, {"block_m": 16, "num_warpgroups": 1, "split_k": 2, "scale_after": True}),
+    ({"m": 150, "dtype": "float8_e4m3fn"}, {"block_m": 128, "num_warpgroups": 2, "split_k": 1, "scale_after": True}),
 )
 
 
@@ -29,8 +33,8 @@ def main() -> None:
         operands = (data["x"], *data["weights"][0])
         config = Config(block_k=128, num_stages=2, **cut)
         product = jax.jit(functools.partial(int4_matmul, implementation="mosaic_gpu", config=config))
-        out = product(*operands, bias=data["bias"])
-        error = float(_int4.relative_error(out, *operands, data["bias"]))
+        out = product(*operands, bias=data["bias"], x_scale=data["x_scale"])
+        error = float(_int4.relative_error(out, *operands, data["bias"], data["x_scale"]))
         print(f"{options} {cut}: relative error {error:.2e}, at most {_int4.TOLERANCE['bfloat16']:.2e}", flush=True)
 
 
