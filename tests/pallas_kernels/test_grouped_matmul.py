@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import default_config, grouped_matmul, interleave, separate, supports
+from pallas_kernels.grouped_matmul import Config, default_config, grouped_matmul, interleave, separate, supports
 from pallas_kernels.grouped_matmul.config import tile_bound
+from pallas_kernels.grouped_matmul.tiles import tile_map
 from pallas_kernels.int4_matmul import int4_matmul, pack, unpack
 from pallas_kernels.int8_matmul import pack as pack_8_bit
 
@@ -148,3 +149,20 @@ def test_tile_bound_is_never_exceeded(rng):
         first = (ends - sizes) // 8 * 8
         tiles = np.where(sizes > 0, -(-(ends - first) // block_m), 0).sum()
         assert tiles <= tile_bound(int(sizes.sum()), experts, block_m)
+
+
+def test_tiles_cover_every_row_of_its_expert_once(rng):
+    for _ in range(20):
+        experts, n_tiles = int(rng.integers(1, 12)), int(rng.integers(1, 4))
+        config = Config(block_m=int(rng.choice([16, 64])), block_k=128, num_stages=2, num_warpgroups=1, strip=2)
+        sizes = rng.integers(0, rng.choice([2, 10, 300]), experts)
+        rows = int(sizes.sum() + rng.integers(0, 40))
+        tiles, count = tile_map(jnp.asarray(sizes), rows, n_tiles, config)
+        owners = np.repeat(np.arange(experts + 1), [*sizes, rows - sizes.sum()])
+        seen = np.zeros((rows, n_tiles), int)
+        for expert, column, first, low, high in np.asarray(tiles).T[: int(count[0])]:
+            inside = np.arange(max(8 * first, low), min(8 * first + config.block_m, high))
+            assert len(inside)
+            assert (owners[inside] == expert).all()
+            seen[inside, column] += 1
+        assert (seen == 1).all()
