@@ -1,15 +1,18 @@
-"""The grouped int4 product on expert layers of real models, on one GPU: every row verified, then timed.
+"""The grouped product on expert layers of real models, on one GPU: every row verified, then timed.
 
-    python -m experiments.bench_grouped [--checks] [--sweep] [--layers A,B] [--tokens 1,16] [--json FILE] [--seconds S]
+    python -m experiments.bench_grouped [--checks] [--sweep] [--formats w4a16,w4a8] [--layers A,B] [--tokens 1,16]
+        [--activation silu_mul] [--json FILE] [--seconds S]
 
 Each row runs in a worker process (a kernel that hangs costs only itself). Tokens choose their experts at random.
 "us" is every kernel of the call by the profiler, the tile map included; "kernel" the product's alone. The floor is
-the larger of the bytes of the experts that were hit at 4.3 TB/s and the products at 790 TFLOP/s (`bench_matmul`'s).
+the larger of the bytes of the experts that were hit at 4.3 TB/s and the products at 790 TFLOP/s (8-bit activations:
+1550).
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import secrets
@@ -26,7 +29,15 @@ from pallas_kernels.grouped_matmul.cases import LAYERS, SIZES, TOKENS
 from pallas_kernels.int4_matmul import dequantize
 
 GROUP = 128
-READ, FLOP = 4.3e12, 790e12
+READ = 4.3e12
+# Dtypes of weights and rows, products a second at the ceiling.
+FORMATS = {
+    "w4a16": (jnp.int32, jnp.bfloat16, 790e12),
+    "w4a8": (jnp.int32, jnp.int8, 1550e12),
+    "w4a8-fp8": (jnp.int32, jnp.float8_e4m3fn, 1550e12),
+    "int8": (jnp.int8, jnp.int8, 1550e12),
+    "fp8": (jnp.float8_e4m3fn, jnp.float8_e4m3fn, 1550e12),
+}
 # The result is rounded to 8 bits once and, scaled before the product, so is the weight: half an eps each. After
 # silu(gate) * up both of them count, and silu's slope reaches 1.1.
 TOLERANCE = {None: 2.0**-8, "silu_mul": 3 * 2.0**-8}
@@ -39,6 +50,7 @@ def main():
     parser.add_argument("--checks", action="store_true", help="the strained group sizes, verified only")
     parser.add_argument("--sweep", action="store_true", help="several configurations of each problem")
     parser.add_argument("--xla", action="store_true", help="XLA's ragged_dot in bfloat16 too (one layer, few tokens)")
+    parser.add_argument("--formats", default="w4a16")
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--activation", choices=["silu_mul"], default=None)
@@ -64,13 +76,13 @@ def items(arguments) -> list[dict]:
     """The rows to run, most wanted first."""
     tokens = [int(t) for t in arguments.tokens.split(",") if t]
     found = [{"shape": name, "m": 0, "sizes": name} for name in SIZES] if arguments.checks else []
-    for layer in filter(None, arguments.layers.split(",")):
-        for m in tokens:
-            item = {"shape": layer, "m": m, "activation": arguments.activation}
-            cuts = candidates(layer, m) if arguments.sweep else [None]
-            found += [item | {"config": cut} for cut in cuts]
-            if arguments.xla and layer == "mixtral-8x7b" and m <= 256:
-                found.append(item | {"ragged_dot": True})
+    layers, formats = arguments.layers.split(","), arguments.formats.split(",")
+    for layer, m, form in itertools.product(filter(None, layers), tokens, filter(None, formats)):
+        item = {"shape": layer, "m": m, "format": form, "activation": arguments.activation}
+        cuts = candidates(layer, m) if arguments.sweep else [None]
+        found += [item | {"config": cut} for cut in cuts]
+        if arguments.xla and layer == "mixtral-8x7b" and m <= 256:
+            found.append(item | {"ragged_dot": True})
     return found
 
 
@@ -108,17 +120,21 @@ def measure(item: dict) -> dict:
     hit = statistics.mean(int((sizes > 0).sum()) for sizes in routings)
     # Calls differ in weights and routing: enough of them that no weight is met in the L2 cache.
     routings = routings[: rotations(int(hit * k * n) // 2)]
-    moved = hit * k * n * (0.5 + 2 / GROUP) + 2 * rows * (k + (n // 2 if activation else n))
-    result = {"hit": hit, "floor": max(moved / READ, 2 * rows * k * n / FLOP) * 1e6}
+    weight_dtype, x_dtype, flop = FORMATS[item["format"]]
+    groups = k // GROUP if weight_dtype == jnp.int32 else 1
+    weight_bytes = k * n * (0.5 if weight_dtype == jnp.int32 else 1) + 2 * groups * n
+    moved = hit * weight_bytes + rows * (jnp.dtype(x_dtype).itemsize * k + (n if activation else 2 * n))
+    result = {"hit": hit, "floor": max(moved / READ, 2 * rows * k * n / flop) * 1e6}
     if item.get("ragged_dot"):
         return result | _time_ragged_dot(routings[0], k, n)
-    config = Config(**item["config"]) if item.get("config") else default_config(rows, experts, k, k // GROUP)
+    usual = default_config(rows, experts, k, groups, x_dtype, weight_dtype)
+    config = Config(**item["config"]) if item.get("config") else usual
     product = functools.partial(grouped_matmul, implementation="mosaic_gpu", config=config, activation=activation)
     with _workers.device_turn():
-        x, weights = _problem(rows, experts, k, n, -(-int(240e6) // (experts * k * n // 2)))
+        x, weights = _problem(item["format"], rows, experts, k, n, -(-int(240e6) // (experts * k * n // 2)))
         sizes = [jnp.asarray(s) for s in routings]
     weights = [weights[i % len(weights)] for i in range(len(sizes))]
-    program = jax.jit(lambda x, ws, ss: [product(x, *w, group_sizes=s) for w, s in zip(ws, ss, strict=True)])
+    program = jax.jit(lambda x, ws, ss: [_call(product, x, w, s) for w, s in zip(ws, ss, strict=True)])
     compiled = program.lower(x, weights, sizes).compile()
     error_of = _compiled_error(compiled.out_info[0], x, *weights[0], sizes[0], _room(routings[0]), activation)
     with _workers.device_turn():
@@ -141,20 +157,32 @@ def group_sizes(rng, tokens: int, experts: int, top: int) -> np.ndarray:
     return np.bincount(chosen.reshape(-1), minlength=experts).astype(np.int32)
 
 
+def _call(product, x, weight, sizes):
+    codes, x_scale = x
+    return product(codes, *weight, group_sizes=sizes, x_scale=x_scale)
+
+
 @functools.lru_cache(maxsize=1)
-def _problem(rows: int, experts: int, k: int, n: int, copies: int):
-    """Random rows, and packed experts with their scales: any word is eight codes."""
-    keys = iter(jax.random.split(jax.random.key(secrets.randbits(31)), 1 + 2 * copies))
-    x = jax.random.normal(next(keys), (rows, k), jnp.bfloat16)
-    packed = (experts, -(-n // 64), -(-k // 64), 2, 256)
+def _problem(form: str, rows: int, experts: int, k: int, n: int, copies: int):
+    """Random rows with their scale, if they have one, and experts with theirs."""
+    weight_dtype, x_dtype, _ = FORMATS[form]
+    keys = iter(jax.random.split(jax.random.key(secrets.randbits(31)), 2 + 2 * copies))
+    x, x_scale = jax.random.normal(next(keys), (rows, k), jnp.bfloat16), None
+    if jnp.dtype(x_dtype).itemsize == 1:
+        x, x_scale = (x * 30).astype(x_dtype), jax.random.uniform(next(keys), (rows, 1), jnp.float32, 0.01, 0.03)
+    groups = k // GROUP if weight_dtype == jnp.int32 else 1
+    spread = {"int32": 0.2, "int8": 0.014, "float8_e4m3fn": 0.014}[jnp.dtype(weight_dtype).name]
 
     @jax.jit
     def weight(key, other):
-        words = jax.lax.bitcast_convert_type(jax.random.bits(key, packed, jnp.uint32), jnp.int32)
-        scale = jax.random.uniform(other, (experts, k // GROUP, n), jnp.float32, 0.5, 1.5) * 0.2 / k**0.5
-        return words, scale.astype(jnp.bfloat16)
+        if weight_dtype == jnp.int32:  # any word is eight codes
+            bits = jax.random.bits(key, (experts, -(-n // 64), -(-k // 64), 2, 256), jnp.uint32)
+        else:  # any byte without its fourth bit is a number
+            bits = jax.random.bits(key, (experts, n, k), jnp.uint8) & jnp.uint8(0xF7)
+        scale = jax.random.uniform(other, (experts, groups, n), jnp.float32, 0.5, 1.5) * spread / k**0.5
+        return jax.lax.bitcast_convert_type(bits, weight_dtype), scale.astype(jnp.bfloat16)
 
-    return x, [weight(next(keys), next(keys)) for _ in range(copies)]
+    return (x, x_scale), [weight(next(keys), next(keys)) for _ in range(copies)]
 
 
 def _room(sizes) -> int:
@@ -165,14 +193,21 @@ def _room(sizes) -> int:
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def relative_error(out, x, qweight, scale, sizes, room: int, activation):
     """`|out - exact| / |exact|` against float32 products at the highest precision, expert by expert."""
+    codes, x_scale = x
+    x_bytes, k = codes.dtype.itemsize, codes.shape[1]
     pad = lambda a: jnp.pad(a.astype(jnp.float32), ((0, room), (0, 0)))  # noqa: E731
-    x, out = pad(x), pad(out)
+    x, out = pad(codes if x_scale is None else codes.astype(jnp.float32) * x_scale), pad(out)
     starts = jnp.cumsum(sizes) - sizes
+
+    def dense(words, scale):
+        if words.ndim == 4:
+            return dequantize(words, scale, None, k, x_bytes=x_bytes)
+        return words.T.astype(jnp.float32) * scale.astype(jnp.float32)
 
     def expert(sums, operands):
         words, scale, start, size = operands
         rows = jax.lax.dynamic_slice_in_dim(x, start, room)
-        exact = jnp.matmul(rows, dequantize(words, scale, None, x.shape[1]), precision="highest")
+        exact = jnp.matmul(rows, dense(words, scale), precision="highest")
         if activation is not None:
             gate, up = separate(exact)
             exact = jax.nn.silu(gate) * up
@@ -187,7 +222,7 @@ def relative_error(out, x, qweight, scale, sizes, room: int, activation):
 def _compiled_error(out, x, words, scale, sizes, room: int, activation):
     # By cuBLAS, unsearched: the device must be still while another worker measures.
     options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (out, x, words, scale, sizes)]
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (out, x, words, scale, sizes))
     return relative_error.lower(*shapes, room, activation).compile(compiler_options=options)
 
 
@@ -197,7 +232,7 @@ def _check_sizes(sizes) -> dict:
     cuts = [(16, 4, True), (32, 2, True), (64, 2, True), (128, 2, False), (256, 2, False), (64, 1, False)]
     for extra, activation in ((37, None), (8, "silu_mul")):
         with _workers.device_turn():
-            x, (weight,) = _problem(sum(sizes) + extra, experts, k, n, 1)
+            x, (weight,) = _problem("w4a16", sum(sizes) + extra, experts, k, n, 1)
             given = (x, *weight, jnp.asarray(sizes, jnp.int32))
         for block_m, count, after in cuts:
             config = Config(
@@ -206,7 +241,7 @@ def _check_sizes(sizes) -> dict:
             product = functools.partial(
                 grouped_matmul, implementation="mosaic_gpu", config=config, activation=activation
             )
-            run = jax.jit(lambda x, q, s, g, product=product: product(x, q, s, group_sizes=g)).lower(*given).compile()
+            run = jax.jit(lambda x, *w, product=product: _call(product, x, w[:2], w[2])).lower(*given).compile()
             error_of = _compiled_error(run.out_info, *given, _room(np.asarray(sizes)), activation)
             with _workers.device_turn():
                 out = run(*given)
@@ -228,7 +263,7 @@ def _time_ragged_dot(sizes, k: int, n: int) -> dict:
 
 def line(row: dict) -> str:
     """A row as text."""
-    head = f"{row['shape']:>14} {row['m']:>6} "
+    head = f"{row['shape']:>14} {row['m']:>6} {row.get('format') or '':>6} "
     if "error" in row:
         return head + f"{row.get('config') or ''} {row['error']}"
     if "checked" in row:
