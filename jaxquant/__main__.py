@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
-        print(f"jaxquant: {error}", file=sys.stderr)
+        message = str(error).replace("overwrite=True", "--overwrite")
+        print(f"jaxquant: {message}", file=sys.stderr)
         return 2
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxquant._companions import FOLDER as COMPANIONS
 from jaxquant._leaf import Leaf
 from jaxquant._manifest import decode_tree, encode_key, replace_leaves
 from jaxquant._spec import QuantConfig
@@ -35,6 +36,7 @@ class Source:
         manifest: of a jaxquant checkpoint.
         huggingface: the config.json that belongs to the parameters, if known.
         quantization: its `quantization_config`.
+        companions: the folder of the tokenizer files that belong to them, if there is one.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Source:
     manifest: Manifest | None = None
     huggingface: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
+    companions: pathlib.Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +85,7 @@ def open_source(path: str | os.PathLike[str], *, modules: tuple[Module, ...] | N
         for number, leaf in enumerate(plan.leaves):
             insert(tree, leaf.path, number)
         mark = _fingerprint(folder, "*.safetensors", "*.json")
-        return Source("huggingface", _skeleton(tree), plan.leaves, mark, None, plan.config, plan.quantization)
+        return Source("huggingface", _skeleton(tree), plan.leaves, mark, None, plan.config, plan.quantization, folder)
     for candidate in (folder, folder / "default"):
         if (candidate / "_METADATA").is_file():
             return _open_orbax(candidate)
@@ -149,7 +152,8 @@ def _open_ours(folder: pathlib.Path) -> Source:
         return {"leaf": len(leaves) - 1}
 
     tree = replace_leaves(manifest.tree, add)
-    return Source("jaxquant", tree, tuple(leaves), _fingerprint(folder, MANIFEST), manifest, manifest.huggingface)
+    mark, companions = _fingerprint(folder, MANIFEST), folder / COMPANIONS
+    return Source("jaxquant", tree, tuple(leaves), mark, manifest, manifest.huggingface, companions=companions)
 
 
 def _read_ours(reader: Reader, places: dict[int, tuple[str, Any, list[int]]]) -> dict[int, Any]:
@@ -178,10 +182,10 @@ def _open_orbax(folder: pathlib.Path) -> Source:
 
 
 def _read_orbax(
-    folder: pathlib.Path, held: Sequence[Any], structure: jax.tree_util.PyTreeDef, numbers: Sequence[int]
+    folder: pathlib.Path, held: Sequence[Any], structure: Any, numbers: Sequence[int]
 ) -> dict[int, np.ndarray]:
     """Restores some of the leaves; orbax passes over placeholders."""
-    item = [ocp.PLACEHOLDER] * len(held)
+    item: list[Any] = [ocp.PLACEHOLDER] * len(held)
     for number in numbers:
         item[number] = jax.ShapeDtypeStruct(held[number].shape, held[number].dtype)
     args = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(held)

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant._companions import FOLDER as COMPANIONS
+from jaxquant._companions import copy_companions
 from jaxquant._manifest import decode_tree, decode_value, encode_tree, encode_value
 from jaxquant._spec import QuantConfig
 from jaxquant._store import Reader, Record, Shard, Writer
@@ -81,11 +83,15 @@ def save(path: Path, qparams: Any, *, config: QuantConfig | None = None, overwri
         raise NotImplementedError("save: cannot save parameters spread over several JAX processes; gather them first")
     target = pathlib.Path(path).absolute()
     check_target(target, overwrite)
-    write_tree(target, qparams, config, None)
+    write_tree(target, qparams, config)
 
 
 def write_tree(
-    target: pathlib.Path, qparams: Any, config: QuantConfig | None, huggingface: dict[str, Any] | None
+    target: pathlib.Path,
+    qparams: Any,
+    config: QuantConfig | None,
+    huggingface: dict[str, Any] | None = None,
+    companions: pathlib.Path | None = None,
 ) -> None:
     """Writes a tree beside `target` and publishes it there; what it died in the middle of is cleared first."""
     staged = staging_folder(target)
@@ -96,6 +102,7 @@ def write_tree(
         tree = encode_tree(qparams, writer.put)
         writer.flush()
         manifest = Manifest(tree, tuple(writer.records), tuple(writer.shards), config, huggingface=huggingface)
+        copy_companions(companions, staged / COMPANIONS)
         publish(staged, target, manifest)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -200,6 +207,9 @@ def publish(staged: pathlib.Path, target: pathlib.Path, manifest: Manifest) -> N
         names = {shard.name for shard in manifest.shards}
         for name in names:
             os.rename(staged / name, target / name)
+        shutil.rmtree(target / COMPANIONS, ignore_errors=True)
+        if (staged / COMPANIONS).exists():
+            os.rename(staged / COMPANIONS, target / COMPANIONS)
         os.replace(staged / MANIFEST, target / MANIFEST)
         for old in target.glob("arrays-*"):
             if old.name not in names:

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxquant._companions import FOLDER as COMPANIONS
+from jaxquant._companions import copy_companions
 from jaxquant._journal import Journal
 from jaxquant._manifest import decode_tree, encode_tree
 from jaxquant._mapped import forget_pages
@@ -74,7 +76,7 @@ def convert(
     if config is not None and apply_fn is not None:
         params = decode_tree(_fill(source.tree, _Numbers()), functools.partial(read_leaf, source))
         qparams = quantize(params, config, apply_fn=apply_fn, batches=batches)
-        write_tree(target, qparams, config, source.huggingface)
+        write_tree(target, qparams, config, source.huggingface, source.companions)
         return
     chosen = _decide(source, config)
     key = f"{source.fingerprint} {config!r} {library_version()}"
@@ -86,6 +88,7 @@ def convert(
     algorithm = source.manifest.algorithm if source.manifest else None
     manifest = Manifest(tree, tuple(writer.records), tuple(writer.shards), config, algorithm, "", source.huggingface)
     journal.remove()
+    copy_companions(source.companions, writer.folder / COMPANIONS)
     publish(writer.folder, target, manifest)
     shutil.rmtree(writer.folder, ignore_errors=True)
 
@@ -184,7 +187,7 @@ def export(
     modules: tuple[Module, ...] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes a checkpoint as a Hugging Face folder, quantized weights bit for bit.
+    """Writes a checkpoint as a Hugging Face folder, quantized weights bit for bit, with the tokenizer it came with.
 
     Args:
         src: what `convert` reads.
@@ -205,7 +208,8 @@ def export(
     config = huggingface or source.huggingface
     if config is None:
         raise ValueError(f"export: {src} does not know the config.json of its model; give one (--config)")
-    write_folder(target, _read_all(source, progress), config, format=format, modules=modules)
+    leaves = _read_all(source, progress)
+    write_folder(target, leaves, config, format=format, modules=modules, companions=source.companions)
 
 
 def _read_all(source: Source, progress: Progress | None) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxquant._companions import copy_companions
 from jaxquant._outliers import OutlierArray
 from jaxquant._qarray import QArray
 from jaxquant._tree import named_leaves
@@ -56,6 +57,7 @@ def write_folder(
     *,
     format: Format,
     modules: tuple[Module, ...] | None = None,
+    companions: pathlib.Path | None = None,
 ) -> None:
     """Writes (path, leaf) pairs as a Hugging Face folder; holds one file's worth of tensors in memory.
 
@@ -65,6 +67,7 @@ def write_folder(
         config: the config.json.
         format: the format of quantized kernels.
         modules: the table.
+        companions: the folder of tokenizer files to copy, or None.
 
     Raises:
         ValueError: see `save_huggingface`.
@@ -95,6 +98,7 @@ def write_folder(
                 cache += [np.asarray(leaf)] if kind == "scales" else []
         quantization = _quantization(format, kernels, bodies, float_linears, cache)
         files.finish()
+        copy_companions(companions, staged)
         _write_json(staged / "config.json", config | quantization)
         _publish(staged, folder)
     finally:

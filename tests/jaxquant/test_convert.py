@@ -216,6 +216,43 @@ def test_export_needs_to_know_the_model(tmp_path, rng):
         export(tmp_path / "ours", tmp_path / "hf", format="gptq", huggingface=CONFIG)
 
 
+TOKENIZER = {
+    "tokenizer.json": b"{}",
+    "tokenizer.model": b"\x00\xff",
+    "tokenizer_config.json": b'{"a": 1}',
+    "vocab.txt": b"a",
+    "merges.txt": b"b",
+    "chat_template.jinja": b"{{ x }}",
+    "generation_config.json": b'{"eos_token_id": 1}',
+    "special_tokens_map.json": b"{}",
+}
+
+
+def test_the_tokenizer_goes_with_the_model(tmp_path, rng):
+    params = random_params(rng)
+    save_huggingface(tmp_path / "hf", params, CONFIG, format="float")
+    for name, content in (TOKENIZER | {"tokenizer.py": b"code", "notes": b""}).items():
+        (tmp_path / "hf" / name).write_bytes(content)
+    convert(tmp_path / "hf", tmp_path / "ours", W4)
+    assert_same(load(tmp_path / "ours"), quantize(params, W4))
+    convert(tmp_path / "ours", tmp_path / "again")
+    convert(tmp_path / "hf", tmp_path / "again", W4, overwrite=True)
+    export(tmp_path / "again", tmp_path / "gptq", format="gptq")
+    export(tmp_path / "hf", tmp_path / "float", format="float")
+    for folder in ("gptq", "float"):
+        held = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+        assert {name: held[name] for name in TOKENIZER} == TOKENIZER
+        assert held.keys() - TOKENIZER.keys() == {"config.json", "model.safetensors"}
+    save(tmp_path / "bare", params)
+    convert(tmp_path / "bare", tmp_path / "again", overwrite=True)
+    assert not (tmp_path / "again" / "huggingface").exists()
+    with (tmp_path / "hf" / "vocab.json").open("wb") as file:
+        file.truncate(2**40)  # sparse
+    with pytest.raises(ValueError, match=r"vocab\.json: 1099511627776 bytes; at most"):
+        convert(tmp_path / "hf", tmp_path / "big")
+    assert not (tmp_path / "big").exists()
+
+
 def run_python(script, *args):
     env = {"PATH": "", "PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
@@ -436,7 +473,7 @@ def test_the_model_may_lie_in_the_current_folder(tmp_path, monkeypatch, capsys):
             "has no 'none'",
         ),
         (["convert", "model", "out", "--recipe", "nf4", "--model", "absent_:b", "--calibrate", "t.npy"], "absent_"),
-        (["convert", "model", "model"], "exists; pass overwrite"),
+        (["convert", "model", "model"], "model: exists; pass --overwrite to replace it"),
         (["export", "model", "out", "--format", "gptq"], "config.json of its model"),
     ],
 )
