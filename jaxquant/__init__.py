@@ -4,6 +4,7 @@ from jaxquant._allocate_bits import allocate_bits as allocate_bits
 from jaxquant._calibrate import Calibration as Calibration
 from jaxquant._calibrate import calibrate as calibrate
 from jaxquant._fake_quantized import fake_quantized as fake_quantized
+from jaxquant._fold import fold_pre_scale as fold_pre_scale
 from jaxquant._lazy import LazyArray as LazyArray
 from jaxquant._moe import Routing as Routing
 from jaxquant._moe import merge_gate_up as merge_gate_up

@@ -313,7 +313,8 @@ class QuantConfig:
                 `w8a8`, `w8a8-tensor`, `w4a8`, `w4a8-channel`, `fp8`, `nf4`, `mxfp4`.
             group_size: replaces the preset's group size.
             rules: the caller's rules, tried before the defaults.
-            algorithm: how weights are rounded; None is round-to-nearest.
+            algorithm: how weights are rounded; None is round-to-nearest. Range and grid of the weights are those that
+                won with it (`WeightTransform.prefers`); the grid only where it is signed and of fewer than 8 bits.
             pad: pad axes that are no whole number of groups.
 
         Returns:
@@ -332,7 +333,12 @@ class QuantConfig:
             if not isinstance(weight.granularity, PerGroup):
                 raise ValueError(f"preset {name!r} has no groups, so group_size={group_size} cannot apply")
             weight = dataclasses.replace(weight, granularity=PerGroup(group_size))
-        weight = dataclasses.replace(weight, pad=pad)
+        preferred = dict(algorithm.prefers) if algorithm is not None else {}
+        if not (weight.format.kind == "int" and weight.format.bits < 8):
+            preferred.pop("grid", None)
+        if not weight.format.is_integer:
+            preferred.clear()
+        weight = dataclasses.replace(weight, pad=pad, **preferred)
         return cls(dataclasses.replace(spec, weight=weight), tuple(rules), algorithm=algorithm)
 
 

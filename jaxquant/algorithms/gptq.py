@@ -49,7 +49,8 @@ def gptq(
 ) -> WeightTransform:
     """Rounds weights one input channel after the other, correcting the rest by the inverse Hessian.
 
-    Range and grid follow the spec: `TensorSpec(range="mse", grid="signed")` gave the least error when tried.
+    Range and grid follow the spec: `TensorSpec(range="mse", grid="signed")` gave the least error when tried, and is
+    what `QuantConfig.preset(name, algorithm=gptq())` takes.
 
     Args:
         damping: added to the Hessian's diagonal, as a part of its mean.
@@ -72,9 +73,8 @@ def gptq(
         raise ValueError(f"gptq: scales {scales!r}; accepted: 'fresh', 'static'")
     if rounds < 0:
         raise ValueError(f"gptq: rounds must be 0 or more, got {rounds!r}")
-    return make_transform(
-        _apply_gptq, "gptq", {"hessian"}, damping=damping, act_order=act_order, scales=scales, rounds=rounds
-    )
+    options = {"damping": damping, "act_order": act_order, "scales": scales, "rounds": rounds}
+    return make_transform(_apply_gptq, "gptq", {"hessian"}, (("range", "mse"), ("grid", "signed")), **options)
 
 
 def _apply_gptq(

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from jaxquant._qarray import codes_of, dequantize_array, quantize_array
-from jaxquant._spec import PerBlock, PerGroup, PerTensor, QuantSpec, TensorSpec
+from jaxquant._spec import PerBlock, PerGroup, PerTensor, QuantConfig, QuantSpec, TensorSpec
 from jaxquant._statistics import init_statistics, update_statistics
 from jaxquant.algorithms._apply import _quantize_form, quantize_weight
 from jaxquant.algorithms._descent import descend_codes, refit_scales
 from jaxquant.algorithms._factor import factor_upper, regularize
 from jaxquant.algorithms._transform import chain, output_error
+from jaxquant.algorithms.compensation import compensate
 from jaxquant.algorithms.gptq import gptq
 
 PAPER = {"act_order": False, "scales": "static", "rounds": 0}
@@ -253,3 +254,14 @@ def test_empty_chain_is_round_to_nearest(rng):
     q, _ = quantize_weight(jnp.asarray(w), spec_of(), chain())
     np.testing.assert_array_equal(codes_of(q), codes_of(quantize_array(jnp.asarray(w), spec_of())))
     assert q.pre_scale is None
+
+
+def test_presets_take_what_won_with_the_algorithm():
+    plain = QuantConfig.preset("w4a16").default
+    for algorithm in (gptq(), chain(compensate(), gptq())):
+        weight = QuantConfig.preset("w4a16", algorithm=algorithm).default.weight
+        assert (weight.range, weight.grid) == ("mse", "signed")
+        assert dataclasses.replace(weight, range="absmax", grid="full") == plain.weight
+        asymmetric = QuantConfig.preset("w4a16-asym", algorithm=algorithm).default.weight
+        assert (asymmetric.range, asymmetric.grid) == ("mse", "full")
+    assert QuantConfig.preset("fp8", algorithm=gptq()).default.weight.range == "absmax"
