@@ -84,6 +84,7 @@ def store_rows(staging, out, first_row, low, high, first_column, *, columns: int
         mgpu.utils.warpgroup_barrier()  # every lane has written
         values = [s.registers.item() for s in scalars]
         _store_rows(staging, out, values, columns, second_half)
+        mgpu.utils.warpgroup_barrier()  # and has read: the buffer may be written again
 
     emit(staging, out, first_row, low, high, first_column)  # pyright: ignore[reportCallIssue]
 

@@ -10,6 +10,10 @@ columns of the product are computed and dropped: the store goes through shared m
 is not the expert's. So any group sizes do, nothing is padded, and no two tiles write the same row.
 """
 
+import copy
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -78,16 +82,33 @@ class _Plan:
         self.code_factor = 16.0 if self.int4 and x.dtype == jnp.int8 else 1.0  # what unpacking multiplies codes by
         # A channel's scale of 8-bit products waits for the result.
         self.ring_scales = self.x_bytes == 2 or self.grouped
+        # Rows that a tile may be cut to: the last of an expert is often no more than half full.
+        self.widths = (config.block_m // 2, config.block_m) if config.block_m >= BLOCK else (config.block_m,)
         # Rows that are staged and stored at a time.
-        self.piece = min(config.block_m // 2 if self.gated else config.block_m, TILE)
+        self.piece = math.gcd(self.widths[0] // 2 if self.gated else self.widths[0], TILE)
         self.num_blocks = min(HOPPER_SMS, tile_bound(rows, self.num_experts, config.block_m) * self.n_tiles)
+
+    def cut(self, width: int) -> "_Plan":
+        """The plan for tiles of fewer rows."""
+        narrow = copy.copy(self)
+        narrow.config = dataclasses.replace(self.config, block_m=width)
+        return narrow
+
+    def for_width(self, tile, visit):
+        """Call `visit(width)` with the least width that holds a tile's rows."""
+        *narrow, wide = self.widths
+        if not narrow:
+            return visit(wide)
+        fits = tile[HIGH] - tile[FIRST] * ALIGNMENT <= narrow[0]
+        pl.when(fits)(lambda: visit(narrow[0]))
+        pl.when(jnp.logical_not(fits))(lambda: visit(wide))
 
     def scratch(self):
         """Shared memory and barriers, by name."""
         c, stages = self.config, self.config.num_stages
         scratch = {
             "x": _tiled((stages, c.block_m, c.block_k), self.dtype, self.wgmma_k),
-            "out": plgpu.SMEM((c.num_warpgroups, 2, self.piece, TILE), self.out_dtype, transforms=STAGING),
+            "out": plgpu.SMEM((c.num_warpgroups, self.piece, TILE), self.out_dtype, transforms=STAGING),
             "full": plgpu.Barrier(num_arrivals=2 + self.ring_scales + self.has_zero_point, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
         }
@@ -161,7 +182,13 @@ def _copy_tiles(plan: _Plan, refs, smem):
             slot = lax.rem(at, jnp.int32(c.num_stages))
             pl.when(at >= c.num_stages)(lambda: plgpu.barrier_wait(smem["empty"].at[slot]))
             inputs = pl.ds(step * c.block_k, c.block_k)
-            sources = {"x": refs["x"].at[pl.ds(tile[FIRST] * ALIGNMENT, c.block_m), inputs]}
+            full, sources = smem["full"].at[slot], {}
+
+            def copy_rows(width):
+                rows = pl.ds(tile[FIRST] * ALIGNMENT, width)
+                plgpu.copy_gmem_to_smem(refs["x"].at[rows, inputs], smem["x"].at[slot, pl.ds(0, width)], full)
+
+            plan.for_width(tile, copy_rows)
             if plan.int4:
                 k_tiles = c.block_k // TILE
                 outputs = pl.ds(tile[COLUMN] * c.num_warpgroups, c.num_warpgroups)
@@ -172,7 +199,7 @@ def _copy_tiles(plan: _Plan, refs, smem):
             for name in ("scale",) * plan.ring_scales + ("zero",) * plan.has_zero_point:
                 sources[name] = refs[name].at[tile[EXPERT], groups, columns]
             for name, source in sources.items():
-                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], smem["full"].at[slot])
+                plgpu.copy_gmem_to_smem(source, smem[name].at[slot], full)
             return at + 1
 
         lax.fori_loop(0, steps, copy_stage, position)
@@ -184,13 +211,18 @@ def _copy_tiles(plan: _Plan, refs, smem):
 
 def _compute_tiles(plan: _Plan, warpgroup, refs, out, smem):
     """Multiply this warpgroup's 64 outputs of every tile, finish them, store."""
-    c, product = plan.config, product_of(plan)
+    c = plan.config
 
     def visit(tile, steps, position):
-        totals = product(plan, warpgroup, smem, 0, steps, position)
-        for i, sums in enumerate(totals):
-            first_column = tile[COLUMN] * c.block_n + (warpgroup * c.row_tiles + i) * TILE
-            _finish(plan, warpgroup, refs, out, smem, sums, tile, first_column)
+        def multiply(width):
+            narrow = plan.cut(width)
+            rows = smem | {"x": smem["x"].at[:, pl.ds(0, width)]}
+            totals = product_of(narrow)(narrow, warpgroup, rows, 0, steps, position)
+            for i, sums in enumerate(totals):
+                first_column = tile[COLUMN] * c.block_n + (warpgroup * c.row_tiles + i) * TILE
+                _finish(narrow, warpgroup, refs, out, smem, sums, tile, first_column)
+
+        plan.for_width(tile, multiply)
 
     _for_each_tile(plan, refs, visit)
 
@@ -225,9 +257,8 @@ def _finish(plan: _Plan, warpgroup, refs, out, smem, sums, tile, first_column):
 
 def _store(plan: _Plan, warpgroup, out, smem, values, tile, first_column):
     """Write `[64 outputs, rows]` to the rows of `out` that are the expert's, a piece of rows at a time."""
-    for i, start in enumerate(range(0, values.shape[1], plan.piece)):
-        # Two buffers and one barrier a piece: whoever writes a buffer again has seen all others past reading it.
-        staging = smem["out"].at[warpgroup, i % 2]
+    staging = smem["out"].at[warpgroup]
+    for start in range(0, values.shape[1], plan.piece):
         staging.T[...] = values[:, start : start + plan.piece].astype(plan.out_dtype)
         store_rows(
             staging,

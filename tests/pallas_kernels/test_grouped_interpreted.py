@@ -60,13 +60,14 @@ def interpreted(monkeypatch, complete_interpreter):
 
 # One block walks all tiles, or three share them; experts without rows, of one row, of more rows than a tile.
 @pytest.mark.parametrize(
-    ("sizes", "blocks", "after", "gated"),
-    [((3, 0, 18, 1), 1, True, False), ((0, 21, 2, 0), 3, False, True)],
+    ("sizes", "blocks", "after", "gated", "block_m"),
+    [((3, 0, 18, 1), 1, True, False, 16), ((0, 37, 2, 0), 3, False, True, 32)],
     ids=["after", "gated"],
 )
-def test_interpreted_kernel_is_the_product(rng, interpreted, monkeypatch, sizes, blocks, after, gated):
+def test_interpreted_kernel_is_the_product(rng, interpreted, monkeypatch, sizes, blocks, after, gated, block_m):
     monkeypatch.setattr(kernel, "HOPPER_SMS", blocks)
-    config = Config(block_m=16, block_k=128, num_stages=2, num_warpgroups=2, scale_after=after, strip=1)
+    monkeypatch.setattr(kernel, "BLOCK", 32)  # tiles of 32 rows are cut in half where half will do
+    config = Config(block_m=block_m, block_k=128, num_stages=2, num_warpgroups=2, scale_after=after, strip=1)
     k, n, experts, rows = 256, 128, len(sizes), sum(sizes) + config.block_m
     codes = rng.integers(-8, 8, (experts, k, n)).astype(np.int8)
     half = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
