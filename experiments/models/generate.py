@@ -15,10 +15,12 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     key: jax.Array | None = None,
+    cache_format: str | None = None,
 ) -> jax.Array:
     """Continues each prompt by `max_new_tokens` tokens.
 
-    Pure, so `jax.jit(generate, static_argnums=(0, 3, 4))` compiles prompt and loop as one program.
+    Pure, so `jax.jit(generate, static_argnums=(0, 3, 4), static_argnames="cache_format")` compiles prompt and loop as
+    one program.
 
     Args:
         model: the architecture and compute dtype.
@@ -27,6 +29,7 @@ def generate(
         max_new_tokens: how many tokens to add to each.
         temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
         key: a jax.random key, needed where temperature > 0.
+        cache_format: of `jaxquant.KVCache`, to keep keys and values quantized; None keeps them in the model's dtype.
 
     Returns:
         int32 tokens [B, P + max_new_tokens].
@@ -59,7 +62,7 @@ def generate(
         return (token, cache), token
 
     batch, length = prompt.shape
-    logits, cache = model.prefill(params, prompt, model.init_cache(batch, length + max_new_tokens))
+    logits, cache = model.prefill(params, prompt, model.init_cache(batch, length + max_new_tokens, cache_format))
     first = choose(logits, keys[0])
     _, rest = jax.lax.scan(step, (first, cache), keys[1:])
     return jnp.concatenate([prompt.astype(jnp.int32), first[:, None], rest.T], axis=1)
