@@ -5,12 +5,13 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from jaxquant._arguments import Form, split_arguments
+from jaxquant._expert_rows import check_expert_tokens
 from jaxquant._infer import infer_axes
 from jaxquant._observe import Observation, Observer, Watch, empty_like, merge_stacks
 from jaxquant._rules import Assignment, assign
@@ -112,7 +113,15 @@ def _merge(held: dict[str, Statistics], new: dict[str, Statistics]) -> dict[str,
     return {path: merge_stacks(held[path], new[path]) for path in held}
 
 
-def calibrate(apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any], config: QuantConfig) -> Calibration:
+def calibrate(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    config: QuantConfig,
+    *,
+    expert_tokens: Literal["routed", "all"] = "routed",
+    borrow: float = 0.0,
+) -> Calibration:
     """Runs the float model over calibration batches and gathers what the configuration's algorithm needs.
 
     One program a batch shape gathers the statistics of all weights, through scans, checkpoints, branches, attention and
@@ -123,6 +132,10 @@ def calibrate(apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any],
         params: its parameters.
         batches: calibration inputs, for example int tokens [sequences, T] each.
         config: the order that `quantize` will be given.
+        expert_tokens: what the statistics of an expert see: the tokens routed to it, or `"all"`, as though each went
+            through every expert (of ragged products; a dense dispatch shows all tokens anyway).
+        borrow: the weight, from 0 to 1, with which an expert counts the tokens of its layer's other experts: an expert
+            that was rarely hit is shrunk towards the layer's pooled statistics, one often hit hardly.
 
     Returns:
         The statistics: `quantize(params, config, stats=...)` takes them.
@@ -141,12 +154,13 @@ def calibrate(apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any],
     >>> stats.tokens["kernel"].item()
     4.0
     """
+    check_expert_tokens("calibrate", expert_tokens, borrow)
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
         raise ValueError("calibrate: batches is empty; give at least one calibration batch")
     axes = infer_axes(apply_fn, params, *arguments_of(first))
-    watches = plan_watches(assign(params, config, axes), params, config)
+    watches = plan_watches(assign(params, config, axes), params, config, expert_tokens, borrow)
     compared = [path for path, watch in watches.items() if watch.needs & FLOAT_NEEDS]
     if compared and config.algorithm is not None:
         raise ValueError(
@@ -200,13 +214,19 @@ def group_weights(
     return [tuple(group) for group in groups.values()]
 
 
-def plan_watches(assignments: Mapping[str, Assignment], params: Any, config: QuantConfig) -> dict[str, Watch]:
+def plan_watches(
+    assignments: Mapping[str, Assignment],
+    params: Any,
+    config: QuantConfig,
+    expert_tokens: str = "routed",
+    borrow: float = 0.0,
+) -> dict[str, Watch]:
     """What to gather for each weight that a configuration quantizes with the help of data."""
     watches = {}
     for path, leaf in named_leaves(params):
         chosen = assignments[path]
         if chosen.spec is not None and (needs := needed_statistics(config.algorithm, chosen.spec)):
-            watches[path] = Watch(tuple(leaf.shape), chosen.axis, needs)
+            watches[path] = Watch(tuple(leaf.shape), chosen.axis, needs, expert_tokens, borrow)
     return watches
 
 

@@ -82,8 +82,8 @@ def route(logits: jax.Array, routing: Routing, bias: jax.Array | None = None) ->
             fit.
 
     >>> weights, experts = route(jnp.asarray([[0.0, 2.0, 1.0]]), Routing(per_token=2))
-    >>> experts.tolist(), weights.sum().item()
-    ([[1, 2]], 1.0)
+    >>> experts.tolist(), (100 * weights).round().tolist()
+    ([[1, 2]], [[73.0, 27.0]])
     """
     count = logits.shape[-1]
     reachable = count // routing.groups * routing.groups_per_token

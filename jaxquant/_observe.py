@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxquant._expert_rows import all_rows, pooled_rows, ragged_weights, through_every_expert
 from jaxquant._interpreter import Frame
 from jaxquant._statistics import Statistics, init_statistics, merge_statistics, update_statistics
 from jaxquant._tracking import Meeting, Tracked, Tracker
@@ -24,11 +25,15 @@ class Watch:
         shape: the parameter's shape.
         axis: its contracting axes, negative and ascending.
         needs: names out of `jaxquant._statistics.NEEDS`.
+        expert_tokens: `"routed"` or `"all"`: what an expert sees, see `jaxquant._expert_rows`.
+        borrow: the weight with which it counts the tokens of the layer's other experts.
     """
 
     shape: tuple[int, ...]
     axis: tuple[int, ...]
     needs: frozenset[str]
+    expert_tokens: str = "routed"
+    borrow: float = 0.0
 
     @property
     def channels(self) -> int:
@@ -94,9 +99,13 @@ def read_product(value: Tracked, meeting: Meeting, watch: Watch, rank: int) -> R
 
     def rows(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         inputs = x.transpose(order).reshape(*sizes, -1, watch.channels)
-        return inputs, live_rows(inputs) if lead else None
+        if not lead or not watch.borrow:
+            return inputs, live_rows(inputs) if lead else None
+        one = inputs.reshape(-1, *inputs.shape[-2:])
+        shown, weights = pooled_rows(one, live_rows(one), watch.borrow)
+        return shown.reshape(*sizes, *shown.shape[1:]), weights.reshape(*sizes, -1)
 
-    return Reading(("product", watch.channels, watch.needs, tuple(sizes), order), watch, lead, rows)
+    return Reading(("product", watch.channels, watch.needs, watch.borrow, tuple(sizes), order), watch, lead, rows)
 
 
 def read_ragged(value: Tracked, watch: Watch) -> Reading:
@@ -104,10 +113,8 @@ def read_ragged(value: Tracked, watch: Watch) -> Reading:
     check_axes(value, (1,), watch)
 
     def rows(x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ends = jnp.cumsum(sizes)
-        row = jnp.arange(x.shape[0], dtype=ends.dtype)
-        mine = jax.vmap(lambda start, end: (row >= start) & (row < end))(ends - sizes, ends)
-        return jnp.broadcast_to(x, (mine.shape[0], *x.shape)), mine.astype(jnp.float32)
+        weights = ragged_weights(x.shape[0], sizes, watch.borrow)
+        return jnp.broadcast_to(x, (weights.shape[0], *x.shape)), weights
 
     return Reading(("ragged", watch), watch, value.dims[0], rows)
 
@@ -134,9 +141,19 @@ class Observer(Tracker):
             self.gather(frame, value, reading, [eqn.invars[1 - meeting.place]], x)
 
     def ragged(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array, sizes: jax.Array) -> None:
-        """Gathers the rows of each expert."""
-        if (watch := self.watches.get(value.path)) is not None:
-            self.gather(frame, value, read_ragged(value, watch), [eqn.invars[0], eqn.invars[2]], x, sizes)
+        """Gathers the rows of each expert, or all rows as each expert would get them."""
+        if (watch := self.watches.get(value.path)) is None:
+            return
+        reading = read_ragged(value, watch)
+        if watch.expert_tokens == "all":
+            again = all_rows(frame, eqn.invars[0], eqn.invars[2], eqn, lambda atom: self.array(frame, atom))
+            reading = dataclasses.replace(reading, rows=lambda _, sizes: through_every_expert(again, sizes))
+        self.gather(frame, value, reading, [eqn.invars[0], eqn.invars[2]], x, sizes)
+
+    def array(self, frame: Frame, atom: core.Var | core.Literal) -> jax.Array:
+        """The array of a variable, that of a parameter too."""
+        value = frame.read(atom)
+        return value.array if self.is_special(value) else value
 
     def convolution(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array) -> None:
         """Gathers the patches."""

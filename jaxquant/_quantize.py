@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from jaxquant._calibrate import Calibration, arguments_of, check_reached, gather_statistics, plan_watches
 from jaxquant._calibrated import Job, not_finite
+from jaxquant._expert_rows import check_expert_tokens
 from jaxquant._infer import infer_axes
 from jaxquant._lazy import load_leaf
 from jaxquant._numerics import all_finite
@@ -37,6 +38,8 @@ def quantize(
     sequential: bool | None = None,
     offload: bool = False,
     unseen: Literal["error", "rtn"] = "error",
+    expert_tokens: Literal["routed", "all"] = "routed",
+    borrow: float = 0.0,
     report: Callable[[WeightReport], Any] | None = None,
     resume: str | pathlib.Path | None = None,
 ) -> Any:
@@ -61,6 +64,8 @@ def quantize(
         offload: a sequential pass keeps activations in the host's memory.
         unseen: what becomes of an expert that no calibration token reached: an error, or round-to-nearest with a note
             in the report.
+        expert_tokens: what an expert is calibrated by, as `calibrate` takes it; `"all"` not in a sequential pass.
+        borrow: the weight of the other experts' tokens, as `calibrate` takes it.
         report: called with a `WeightReport` for each calibrated weight as it is finished; a `Report` collects them.
         resume: a folder in which each calibrated weight is kept as it is finished; a second run of the same
             configuration, parameters and batches goes on from there, to the same bits.
@@ -83,17 +88,27 @@ def quantize(
     """
     if unseen not in ("error", "rtn"):
         raise ValueError(f"quantize: unseen={unseen!r}; accepted: 'error', 'rtn'")
+    check_expert_tokens("quantize", expert_tokens, borrow)
+    if stats is not None and (borrow or expert_tokens != "routed"):
+        raise ValueError("quantize: stats were gathered already; give expert_tokens and borrow to calibrate")
     first, batches = _peek(batches)
     axes = stats.axes if stats is not None else _axes(apply_fn, abstract_tree(params), first)
     assignments = assign(params, config, axes)
     for path, leaf in named_leaves(params):
         _check_fits(path, leaf, assignments[path])
-    watches = plan_watches(assignments, params, config)
+    watches = plan_watches(assignments, params, config, expert_tokens, borrow)
     if watches and stats is None and (apply_fn is None or first is None):
         raise _missing_data(next(iter(watches)), config)
     walked = _walks(sequential, watches, stats)
+    if walked and expert_tokens == "all":
+        raise NotImplementedError(
+            "quantize: expert_tokens='all' in a sequential pass; leave sequential out where the algorithm lets you, or"
+            " give borrow="
+        )
     emit = _listener(report, sum(chosen.spec is not None for chosen in assignments.values()))
-    kept = None if resume is None else _open(resume, config, watches, "walk" if walked else "float")
+    form = "walk" if walked else "float"
+    form += f", expert_tokens={expert_tokens}, borrow={borrow}" if borrow or expert_tokens != "routed" else ""
+    kept = None if resume is None else _open(resume, config, watches, form)
     job = Job(config.algorithm, assignments, unseen, emit, kept)
     if walked and apply_fn is not None:
         tuning = config.algorithm.tuning if config.algorithm is not None else None

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -29,6 +29,7 @@ class WeightReport:
         seconds: that its quantization took, compilation included.
         extra: other scalars the algorithm reports, means over a stack.
         note: what a user should know, else empty.
+        tokens_of_each: inputs seen by each matrix of a stack (an expert, a layer), in order; else empty.
     """
 
     path: str
@@ -42,8 +43,10 @@ class WeightReport:
     seconds: float
     extra: Mapping[str, float] = dataclasses.field(default_factory=dict)
     note: str = ""
+    tokens_of_each: tuple[int, ...] = ()
 
 
+LISTED = 16  # experts whose tokens a line of the table lists
 COLUMNS = ("parameter", "algorithm", "SQNR dB", "error", "of RTN's", "damping", "dead", "tokens", "seconds", "note")
 
 
@@ -86,10 +89,16 @@ def _cells(row: WeightReport) -> tuple[str, ...]:
     error = "" if row.error is None else f"{row.error:.2e}"
     damping = "" if row.damping is None else f"{row.damping:.3g}"
     dead = "" if row.dead is None else str(row.dead)
+    each = row.tokens_of_each
+    tokens = str(row.tokens) if not each or len(set(each)) == 1 else _listed(each)
     return (
-        row.path, row.algorithm, f"{row.sqnr:.1f}", error, gain, damping, dead, str(row.tokens), f"{row.seconds:.2f}",
-        row.note,
+        row.path, row.algorithm, f"{row.sqnr:.1f}", error, gain, damping, dead, tokens, f"{row.seconds:.2f}", row.note,
     )  # fmt: skip
+
+
+def _listed(counts: Sequence[int]) -> str:
+    """Tokens of each expert, or of the least and most hit where there are many."""
+    return " ".join(map(str, counts)) if len(counts) <= LISTED else f"{min(counts)}..{max(counts)} of {len(counts)}"
 
 
 def make_row(
@@ -114,6 +123,7 @@ def make_row(
         value = numbers.pop(name, None)
         return None if value is None else float(reduction(value))
 
+    each = tuple(int(count) for count in numbers.get("tokens", np.zeros(())).reshape(-1))
     dead, tokens = take("dead", np.sum), take("tokens", np.min)
     return WeightReport(
         path=path,
@@ -127,6 +137,7 @@ def make_row(
         seconds=seconds,
         extra={name: float(value.mean()) for name, value in numbers.items()},
         note=note,
+        tokens_of_each=each if len(each) > 1 else (),
     )
 
 

@@ -35,7 +35,8 @@ class Finished:
     def get(self, name: str) -> tuple[Any, WeightReport]:
         """Reads a finished weight and its report."""
         held = load(self._place(name))
-        return held["weight"], WeightReport(**json.loads(np.asarray(held["report"]).tobytes()))
+        row = json.loads(np.asarray(held["report"]).tobytes())
+        return held["weight"], WeightReport(**row | {"tokens_of_each": tuple(row["tokens_of_each"])})
 
     def put(self, name: str, weight: Any, row: WeightReport) -> None:
         """Writes a finished weight; a run killed in the middle of it has not finished it."""
