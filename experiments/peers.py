@@ -197,6 +197,17 @@ def comparison_table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def flags_table(rows: dict[str, Any]) -> str:
+    """How each peer ran, as Markdown."""
+    lines = ["| peer | draws | seconds | flags | versions |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        if row["side"] == "peer":
+            texts = (", ".join(f"{key} {value}" for key, value in row[part].items()) for part in ("flags", "versions"))
+            seconds = np.median([draw["seconds"] for draw in row["draws"].values()])
+            lines.append(f"| {name} | {len(row['draws'])} | {seconds:.0f} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.peers", description="Our recipes beside the peers'.")
@@ -216,7 +227,9 @@ def main(argv: list[str] | None = None) -> None:
     names = args.names.split(",") if args.names else list(dict.fromkeys(getattr(bar, side) for bar in BARS))
     config, params = load_hf(args.model)
     model, params = Decoder(config), jax.device_put(params)
+    start = time.perf_counter()
     meter = Meter(model, params, np.load(args.model / "evaluation.npy")[: args.sequences])
+    print(f"float model: {time.perf_counter() - start:.1f} s", flush=True)
     for draw in map(int, args.draws.split(",")):
         for name in names:
             if side == "ours" and (draw == 0 or get_recipes(name)[name].calibrated):

@@ -31,7 +31,7 @@ RANGE = {"range": "mse"}
 
 
 COMPENSATED = jq.chain(jq.compensate(strength=0.5, residual=0.5), jq.gptq())
-LEARNED = jq.chain(jq.gptq(), jq.learned_rounding())
+LEARNED = jq.chain(COMPENSATED, jq.learned_rounding(steps=1000, learning_rate=0.001))
 
 
 def _calibrated(
@@ -74,13 +74,14 @@ RECIPES: dict[str, Recipe] = {
     "awq-w3-asym": _calibrated("w3a16-asym", jq.awq(), "3-bit weights, groups of 128, zero points, AWQ"),
     "awq-gptq-w4": _calibrated("w4a16", jq.chain(jq.awq(), jq.gptq()), "AWQ's input scales, then GPTQ, 4 bits", SIGNED),
     "awq-gptq-w3": _calibrated("w3a16", jq.chain(jq.awq(), jq.gptq()), "AWQ's input scales, then GPTQ, 3 bits", SIGNED),
-    "learned-w4": _calibrated("w4a16", LEARNED, "GPTQ, then learned rounding", SIGNED),
+    "learned-w4": _calibrated("w4a16", LEARNED, "compensated GPTQ, then learned rounding", SIGNED),
     "learned-w4-asym": _calibrated("w4a16-asym", LEARNED, "the same with zero points", RANGE),
     "learned-w3": _calibrated("w3a16", LEARNED, "the same at 3 bits", SIGNED),
     "learned-w3-asym": _calibrated("w3a16-asym", LEARNED, "the same at 3 bits with zero points", RANGE),
     "smoothquant-w8a8": _calibrated("w8a8", jq.smoothquant(), "w8a8 with activation outliers moved into weights"),
     "gptq-w4a8": _calibrated("w4a8", jq.gptq(), "w4a8 with GPTQ", SIGNED),
     "llm-int8": _calibrated("w8a8", jq.llm_int8(), "w8a8 with outlier channels in float"),
+    "llm-int8-all": _calibrated("w8a8", jq.llm_int8(capacity=1.0), "the same, however many they are"),
     "salient-w4": _calibrated("w4a16", jq.salient(), "4-bit weights, 1 % of the input channels in float"),
     "salient-w3": _calibrated("w3a16", jq.salient(), "3-bit weights, 1 % of the input channels in float"),
 }

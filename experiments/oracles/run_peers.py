@@ -32,7 +32,7 @@ def group_bits(bits, sym, group=GROUP):
 
 
 def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
 def linears(model):
@@ -56,7 +56,7 @@ def oneshot(folder, calibration, recipe):
     tokens = calibration.tolist()
     data = Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * len(row) for row in tokens]})
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="<|endoftext|>")
-    sizes = {"num_calibration_samples": len(tokens), "max_seq_length": len(tokens[0])}
+    sizes = {"num_calibration_samples": len(tokens), "max_seq_length": len(tokens[0]), "batch_size": 8}
     oneshot(model=model, dataset=data, recipe=recipe, processor=tokenizer, shuffle_calibration_samples=False, **sizes)
     return model
 
