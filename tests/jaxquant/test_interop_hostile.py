@@ -1,17 +1,29 @@
 """Files that lie: every reader answers with a named error, or with what the file really holds; never with a crash."""
 
+import ast
 import json
 import pathlib
 import struct
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxquant
 from jaxquant._qarray import dequantize_array
-from jaxquant.interop import _safetensors, bitsandbytes, compressed_tensors, hf_awq, hf_gptq, load_huggingface
+from jaxquant._sources import open_source, read_leaf
+from jaxquant.interop import (
+    _safetensors,
+    bitsandbytes,
+    compressed_tensors,
+    hf_awq,
+    hf_gptq,
+    load_huggingface,
+    save_huggingface,
+)
 from jaxquant.interop._json import read_json
 from jaxquant.interop._safetensors import Pending, open_folder, read_header, write_file
 
@@ -291,3 +303,66 @@ def test_a_config_of_a_million_layers_makes_no_list_of_them(tmp_path):
     with pytest.raises(ValueError, match=r"missing \['model\.layers\.1\.") as caught:
         load_huggingface(tmp_path)
     assert len(str(caught.value)) < 100_000
+
+
+@pytest.fixture(scope="module")
+def whole_folders(tmp_path_factory):
+    """A float folder in two files, a quantized one, and a checkpoint of ours."""
+    base, tensors = tmp_path_factory.mktemp("whole"), {}
+    for name in ("model.embed_tokens", "model.norm", "model.layers.0.mlp.up_proj"):
+        tensors[f"{name}.weight"] = np.ones((8, 8) if "norm" not in name else 8, np.float32)
+    config = {"model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": True}
+    (base / "float").mkdir()
+    (base / "float" / "config.json").write_text(json.dumps(config))
+    weight_map = {name: f"f{number}.safetensors" for number, name in enumerate(tensors)}
+    for name, file in weight_map.items():
+        safetensors.numpy.save_file({name: tensors[name]}, base / "float" / file)
+    (base / "float" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    params = load_huggingface(base / "float")[0]
+    recipe = jaxquant.TensorSpec("int4", jaxquant.PerGroup(8))
+    rules = (jaxquant.Rule("layers_0/.*", jaxquant.QuantSpec(recipe)),)
+    quantized = jaxquant.quantize(params, jaxquant.QuantConfig(rules=rules))
+    save_huggingface(base / "quantized", quantized, config, format="compressed-tensors")
+    jaxquant.save(base / "ours", quantized)
+    return base
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["float/config.json", "float/model.safetensors.index.json", "quantized/config.json", "ours/manifest.json"],
+)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_flipped_bytes_of_json_files(whole_folders, file, data):
+    """A named error, or parameters no larger than the folder: whatever the bytes of its JSON have become."""
+    path = whole_folders / file
+    content = path.read_bytes()
+    changed = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        piece = data.draw(
+            st.sampled_from([b"", b"9", b"-", b'"', b"null", b"[", b"1e9", b"}", b"\x00", b"\xff", b"../"])
+        )
+        changed[place : place + data.draw(st.integers(0, 4))] = piece
+    path.write_bytes(bytes(changed))
+    try:
+        source = open_source(path.parent)
+        for number in range(len(source.leaves)):
+            assert sum(leaf.nbytes for leaf in jax.tree.leaves(read_leaf(source, number))) < 10_000
+    except NAMED as error:
+        assert str(error)  # noqa: PT017
+    finally:
+        path.write_bytes(content)
+
+
+def test_nothing_is_pickled():
+    """Neither package imports a module that makes objects of bytes, and no array is loaded with pickle allowed."""
+    for file in (pathlib.Path(jaxquant.__file__).parent).rglob("*.py"):
+        names = {
+            alias.name if isinstance(node, ast.Import) else node.module
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        assert not names & {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "torch"}, file
+        assert "allow_pickle=True" not in file.read_text(), file
