@@ -92,12 +92,16 @@ def route(logits: jax.Array, routing: Routing, bias: jax.Array | None = None) ->
     if bias is not None and bias.shape != (count,):
         raise ValueError(f"route: bias {bias.shape} for {count} experts; ({count},) is accepted")
     wide = logits.astype(jnp.float32)
+    if routing.score == "softmax" and routing.normalised and routing.groups == 1 and bias is None:
+        best, chosen = jax.lax.top_k(wide, routing.per_token)  # the same, with less to do
+        return jax.nn.softmax(best, axis=-1) * routing.scale, chosen
     scores = jax.nn.softmax(wide, axis=-1) if routing.score == "softmax" else jax.nn.sigmoid(wide)
     ranked = scores if bias is None else scores + jnp.broadcast_to(bias.astype(jnp.float32), scores.shape)
     if routing.groups > 1:
         ranked = jnp.where(_in_best_groups(ranked, routing), ranked, -jnp.inf)
-    _, chosen = jax.lax.top_k(ranked, routing.per_token)
-    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    weights, chosen = jax.lax.top_k(ranked, routing.per_token)
+    if bias is not None:
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if routing.normalised:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.finfo(jnp.float32).tiny)
     return weights * routing.scale, chosen
@@ -140,16 +144,16 @@ def sort_by_expert(chosen: jax.Array, experts: int) -> Sorted:
     [1, 0, 2]
     """
     count = chosen.shape[0]
-    here = jnp.arange(count, dtype=jnp.int32)
-    sizes = jnp.sum(chosen[:, None] == jnp.arange(experts, dtype=chosen.dtype)[None, :], axis=0, dtype=jnp.int32)
+    here, numbers = jnp.arange(count, dtype=jnp.int32), jnp.arange(experts, dtype=chosen.dtype)
+    sizes = jnp.sum(chosen[None, :] == numbers[:, None], axis=1, dtype=jnp.int32)
     if count > COMPARED:
         order = jnp.argsort(chosen, stable=True).astype(jnp.int32)
         return Sorted(order, jnp.zeros_like(order).at[order].set(here, unique_indices=True), sizes)
-    before = (chosen[None, :] < chosen[:, None]) | (
-        (chosen[None, :] == chosen[:, None]) & (here[None, :] < here[:, None])
-    )
+    earlier = here[None, :] < here[:, None]
+    before = (chosen[None, :] < chosen[:, None]) | ((chosen[None, :] == chosen[:, None]) & earlier)
     place = jnp.sum(before, axis=1, dtype=jnp.int32)
-    return Sorted(jnp.zeros_like(place).at[place].set(here, unique_indices=True), place, sizes)
+    mine = place[None, :] == here[:, None]  # [place, choice]
+    return Sorted(jnp.sum(jnp.where(mine, jnp.broadcast_to(here, mine.shape), 0), axis=1), place, sizes)
 
 
 def moe(
