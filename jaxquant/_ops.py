@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ from jaxquant._activation import Dims
 from jaxquant._numerics import expand_grid
 from jaxquant._outlier_products import outlier_product, outlier_refusal, ragged_outliers, split_outliers
 from jaxquant._outliers import OutlierArray, dequantize_weight, view_weight
-from jaxquant._packed import INT4_LAYOUT, INT8_LAYOUT
+from jaxquant._packed import INT4_CODES_LAYOUT, INT4_LAYOUT, INT4_LAYOUTS, INT8_LAYOUT
 from jaxquant._products import bare, contract, product, ready_activation, refusal
 from jaxquant._qarray import QArray, codes_of, pack_padded
-from jaxquant._qtypes import decode_codes
+from jaxquant._qtypes import as_signed, decode_codes
 from jaxquant._ragged import expert_of_rows, ragged_product, ready_rows, round_rows
 from jaxquant._spec import PerGroup, PerToken, TensorSpec
 from jaxquant._views import Unrepresentable, packed_dim
@@ -28,8 +28,8 @@ from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.attention import attention as attention
 from pallas_kernels.decode_attention import Cache as Cache
 from pallas_kernels.decode_attention import decode_attention as decode_attention
-from pallas_kernels.decode_attention import dequantize as dequantize_cache
-from pallas_kernels.decode_attention import layout as kv_layout
+from pallas_kernels.decode_attention import dequantize as dequantize_cache  # noqa: F401 - for kv_cache
+from pallas_kernels.decode_attention import layout as kv_layout  # noqa: F401 - for kv_cache
 from pallas_kernels.decode_attention import quantized_tokens as quantized_tokens
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul import interleave as interleave
@@ -43,7 +43,7 @@ from pallas_kernels.int8_matmul import int8_matmul
 from pallas_kernels.int8_matmul import pack as pack_int8
 from pallas_kernels.int8_matmul import unpack as unpack_int8
 
-KERNELS = {INT4_LAYOUT: "int4_matmul", INT8_LAYOUT: "int8_matmul"}
+KERNELS = {INT4_LAYOUT: "int4_matmul", INT4_CODES_LAYOUT: "int4_matmul", INT8_LAYOUT: "int8_matmul"}
 GROUPED = "grouped_matmul"
 Quantized = QArray | OutlierArray
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
@@ -109,8 +109,10 @@ def _multiply(x: jax.Array, q: Quantized, dims: Dims, dtype: jnp.dtype, shared: 
         partial_dtype = term.dtype if q.base.layout == "plain" else x.dtype
         return (_multiply(kept, q.base, dims, partial_dtype, shared).astype(term.dtype) + term).astype(dtype)
     if q.layout != "plain" and kernel_refusal(q, dims, x.dtype, dtype) is None:
-        multiply = _int4_product if q.layout == INT4_LAYOUT else _int8_product
-        return multiply(x, q, dims, dtype, {} if shared is None else shared)
+        shared = {} if shared is None else shared
+        if _product_key(x, q, dims, dtype) not in shared:
+            multiply_siblings(x, [(q, dims, dtype)], shared)
+        return shared[_product_key(x, q, dims, dtype)][-1]
     return product(x, plain(q), dims, dtype, shared)
 
 
@@ -133,29 +135,31 @@ def kernel_refusal(q: QArray, dims: Dims, x_dtype: jnp.dtype, dtype: jnp.dtype) 
         return "an output of its packed matrices is a batch axis"
     if q.pre_scale is not None and any(q.pre_scale.shape[d] > 1 for d in dims.w_free(q.ndim)):
         return "its pre_scale lies along its outputs"
-    tile = 64 if q.layout == INT4_LAYOUT else 128
+    tile = 64 if q.layout in INT4_LAYOUTS else 128
     if len(dims.w_batch) < stack and n % tile:
         return f"its {n} outputs do not fill tiles of {tile}, so that matrices do not lie side by side"
-    if q.layout == INT8_LAYOUT:
-        takes = (jnp.bfloat16, jnp.float16, jnp.float32)
-        return None if x_dtype in takes and dtype in takes else f"the kernel takes no {x_dtype} and gives no {dtype}"
-    if dtype != x_dtype:
+    if q.activation is None and dtype != x_dtype:
         return f"the kernel gives x's {x_dtype}, not {dtype}"
+    takes = (jnp.bfloat16, jnp.float16, jnp.float32)
+    if q.activation is not None and not (x_dtype in takes and dtype in takes):
+        return f"the kernel takes no {x_dtype} and gives no {dtype}"
+    if q.layout == INT8_LAYOUT:
+        return None
     if dims.w_batch:
         return _grouped_refusal(q, x_dtype, dtype)
-    groups = math.prod(_packed.group_cells(q))
-    zero = q.zero_point is not None
-    return int4_supports(k, n + -n % 64, groups, x_dtype, has_zero_point=zero, scale_dtype=q.scale.dtype)
+    operand = x_dtype if q.activation is None else q.activation.format.code_dtype
+    groups, zero = math.prod(_packed.group_cells(q)), q.zero_point is not None
+    return int4_supports(k, n + -n % 64, groups, operand, has_zero_point=zero, scale_dtype=q.scale.dtype)
 
 
 def _grouped_refusal(q: QArray, x_dtype: jnp.dtype, dtype: jnp.dtype) -> str | None:
     """Why the grouped kernel cannot multiply rows sorted by the matrices of a packed stack, or None."""
     k, _ = _packed.matrix_shape(q)
-    codes = jnp.dtype(jnp.int32) if q.layout == INT4_LAYOUT else q.qvalue.dtype
+    codes = jnp.dtype(jnp.int32) if q.layout in INT4_LAYOUTS else q.qvalue.dtype
     return grouped_supports(
         k,
         math.prod(_packed.group_cells(q)),
-        x_dtype if q.layout == INT4_LAYOUT else codes,
+        x_dtype if q.activation is None else q.activation.format.code_dtype,
         codes,
         has_zero_point=q.zero_point is not None,
         scale_dtype=q.scale.dtype,
@@ -163,107 +167,165 @@ def _grouped_refusal(q: QArray, x_dtype: jnp.dtype, dtype: jnp.dtype) -> str | N
     )
 
 
-def _int4_product(x: jax.Array, q: QArray, dims: Dims, dtype: jnp.dtype, shared: dict) -> jax.Array:
-    """[*batch, *free of x, *free of the weight]: batches of matrices in groups, other matrices side by side."""
-    del dtype  # x's own
-    if not dims.w_batch:
-        if _sibling_key(x, q, dims) not in shared:
-            multiply_siblings(x, [(q, dims)], shared)
-        return shared[_sibling_key(x, q, dims)][-1]
-    rows = _packed.to_rows(ready_activation(x, q, dims, shared)[0], q, dims)
-    batch = len(dims.w_batch)
-    count, each = math.prod(rows.shape[:batch]), math.prod(rows.shape[batch:-1])
-    operands = [leaf.reshape(count, *leaf.shape[batch:]) for leaf in jax.tree.leaves(_int4_operands(q, dims))]
-    out = grouped_matmul(rows.reshape(-1, rows.shape[-1]), *operands, group_sizes=jnp.full(count, each, jnp.int32))
-    return _packed.to_free(out, rows, q, dims)
+def multiply_siblings(x: jax.Array, products: Sequence[tuple[QArray, Dims, jnp.dtype]], shared: dict) -> None:
+    """Multiplies x by packed weights, in one launch for all that are packed alike and need x in the same form.
+
+    Args:
+        x: the activation.
+        products: each weight, how it meets x, and the dtype of the result; `kernel_refusal` has found nothing against.
+        shared: where `dot_general` finds each product.
+    """
+    kinds: dict[tuple, tuple[_Rows, list]] = {}
+    for q, dims, dtype in products:
+        rows = _rows(x, q, dims, shared)
+        groups = math.prod(_packed.group_cells(q))
+        kind = id(rows.values), q.layout, len(dims.w_batch), groups, q.scale.dtype, q.zero_point is None, dtype
+        kinds.setdefault(kind, (rows, []))[1].append((q, dims))
+    for (*_, dtype), (rows, siblings) in kinds.items():
+        weights, all_dims = zip(*siblings, strict=True)
+        launch = _launch if rows.scale is None else _launch_codes
+        for q, dims, out in zip(weights, all_dims, launch(rows, weights, all_dims, dtype), strict=True):
+            shared[_product_key(x, q, dims, dtype)] = x, q, out
 
 
-def _int4_operands(q: QArray, dims: Dims) -> Int4Weight:
-    """A weight as the kernel's operands, batches of matrices in front."""
+def _product_key(x: jax.Array, q: QArray, dims: Dims, dtype: jnp.dtype) -> tuple:
+    return "product", id(x), id(q), dims, jnp.dtype(dtype)
+
+
+class _Rows(NamedTuple):
+    """An activation as the kernels take it: [*batch, *free, K].
+
+    Attributes:
+        ready: the activation before it was laid out so, and rounded.
+        values: itself, or its codes.
+        scale: [..., 1], or a scale for each group of inputs, of codes.
+        zero_point: int32 [..., 1] of codes that have one.
+    """
+
+    ready: jax.Array
+    values: jax.Array
+    scale: jax.Array | None = None
+    zero_point: jax.Array | None = None
+
+
+def _rows(x: jax.Array, q: QArray, dims: Dims, shared: dict) -> _Rows:
+    """Prepares and rounds an activation: once for all weights that need the same."""
+    grid = None if q.activation is None or q.act_scale is not None else _kernel_grid(q.activation)
+    by_kernel = dataclasses.replace(q, activation=None) if grid else q
+    ready, codes = ready_activation(x, by_kernel, dims, shared)
+    key = "rows", id(ready), id(codes), dims.x_batch, tuple(_packed.contracting_order(q, dims)), q.activation
+    if key in shared:
+        return shared[key]
+    if codes is not None:
+        shared[key] = _rounded_by_xla(ready, codes, q, dims)
+    elif grid is None:
+        shared[key] = _Rows(ready, _packed.to_rows(ready, q, dims))
+    else:
+        rows = _packed.to_rows(ready, q, dims)
+        shared[key] = _Rows(ready, *activation_quant(rows, **grid))
+    return shared[key]
+
+
+def _rounded_by_xla(ready: jax.Array, codes: QArray, q: QArray, dims: Dims) -> _Rows:
+    """The codes of an activation, those of uint8 as -128..127 with a zero point that follows them."""
+
+    def every_row(grid: jax.Array) -> jax.Array:
+        laid = _packed.to_rows(grid, q, dims)
+        sizes = [ready.shape[d] for d in dims.x_batch]
+        return jnp.broadcast_to(laid, (*sizes, *laid.shape[len(sizes) :]))
+
+    values, scale = _packed.to_rows(codes.qvalue, q, dims), every_row(codes.scale)
+    if codes.zero_point is None:
+        return _Rows(ready, values, scale)
+    zero = jnp.broadcast_to(every_row(codes.zero_point), (*values.shape[:-1], 1)).astype(jnp.int32) - 128
+    return _Rows(ready, as_signed(values ^ jnp.uint8(128)), scale, zero)
+
+
+def _kernel_grid(spec: TensorSpec) -> dict | None:
+    """What `activation_quant` is to round to, or None where it has no such grid."""
+    if not isinstance(spec.granularity, PerGroup | PerToken) or spec.range != "absmax":
+        return None
+    if spec.scale_dtype != "float32" or spec.grid == "signed" or spec.qtype not in ("int8", "float8_e4m3fn"):
+        return None
+    levels = {"full": 127.5, "restricted": 127.0, "power": 128.0}
+    limit = levels[spec.grid] if spec.format.is_integer else spec.format.qmax
+    return {
+        "dtype": spec.format.code_dtype,
+        "limit": limit,
+        "group_size": spec.granularity.size if isinstance(spec.granularity, PerGroup) else None,
+    }
+
+
+def _launch(
+    rows: _Rows, weights: Sequence[QArray], all_dims: Sequence[Dims], dtype: jnp.dtype
+) -> tuple[jax.Array, ...]:
+    """The products [*batch, *free of x, *free of the weight] of rows with weights that are packed alike."""
+    operands = [_operands(q, dims) for q, dims in zip(weights, all_dims, strict=True)]
+    if weights[0].layout == INT8_LAYOUT:
+        outs = [_int8_product(rows, operand, all_dims[0], dtype) for operand in operands]
+    elif all_dims[0].w_batch:
+        outs = [_batched_product(rows, operand, dtype) for operand in operands]
+    else:
+        out_dtype = None if rows.scale is None else dtype
+        outs = int4_matmul_many(rows.values, operands, x_scale=rows.scale, out_dtype=out_dtype)
+    return tuple(
+        _packed.to_free(out, rows.values, q, dims) for out, q, dims in zip(outs, weights, all_dims, strict=True)
+    )
+
+
+def _operands(q: QArray, dims: Dims) -> Int4Weight:
+    """A weight as a kernel's operands, batches of matrices in front."""
 
     def of_grid(grid: jax.Array) -> jax.Array:
         return _packed.gather_matrices(_packed.grid_to_matrix(grid, q), q, dims, 1)
 
     codes = _packed.gather_matrices(q.qvalue, q, dims, 0)
+    if q.layout == INT8_LAYOUT and _packed.is_blocked(q):
+        return Int4Weight(codes, _packed.gather_matrices(_packed.block_scales(q), q, dims, 1))
     return Int4Weight(codes, of_grid(q.scale), None if q.zero_point is None else of_grid(q.zero_point))
 
 
-def multiply_siblings(x: jax.Array, weights: Sequence[tuple[QArray, Dims]], shared: dict) -> None:
-    """Multiplies x by weights that the int4 kernel takes, in one launch for all that need x in the same form.
-
-    Args:
-        x: the activation.
-        weights: each with how it meets x, without batches; `kernel_refusal` has found nothing against it.
-        shared: where `dot_general` finds each product.
-    """
-    kinds: dict[tuple, list[tuple[QArray, Dims]]] = {}
-    for q, dims in weights:
-        ready = ready_activation(x, q, dims, shared)[0]
-        order = tuple(_packed.contracting_order(q, dims))
-        kind = id(ready), order, math.prod(_packed.group_cells(q)), q.scale.dtype, q.zero_point is None
-        kinds.setdefault(kind, []).append((q, dims))
-    for siblings in kinds.values():
-        q, dims = siblings[0]
-        rows = _packed.to_rows(ready_activation(x, q, dims, shared)[0], q, dims)
-        outs = int4_matmul_many(rows, [_int4_operands(q, dims) for q, dims in siblings])
-        for (q, dims), out in zip(siblings, outs, strict=True):
-            shared[_sibling_key(x, q, dims)] = x, q, _packed.to_free(out, rows, q, dims)
+def _batched_product(rows: _Rows, operand: Int4Weight, dtype: jnp.dtype) -> jax.Array:
+    """A batch of products as the groups of one launch, each of as many rows."""
+    batch = operand.scale.ndim - 2
+    count, each = math.prod(rows.values.shape[:batch]), math.prod(rows.values.shape[batch:-1])
+    leaves = [leaf.reshape(count, *leaf.shape[batch:]) for leaf in jax.tree.leaves(operand)]
+    scale = None if rows.scale is None else rows.scale.reshape(-1, 1)
+    values = rows.values.reshape(-1, rows.values.shape[-1])
+    return grouped_matmul(values, *leaves, group_sizes=jnp.full(count, each, jnp.int32), x_scale=scale, out_dtype=dtype)
 
 
-def _sibling_key(x: jax.Array, q: QArray, dims: Dims) -> tuple:
-    return "sibling", id(x), id(q), dims
+def _int8_product(rows: _Rows, operand: Int4Weight, dims: Dims, dtype: jnp.dtype) -> jax.Array:
+    """Batches of matrices one by one."""
+    scale = operand.scale.astype(jnp.float32)
+    blocked = scale.shape[-2] > 1
+    outputs = None if blocked else scale.shape[-1]
 
+    def multiply(
+        x: jax.Array, x_scale: jax.Array | None, zero: jax.Array | None, codes: jax.Array, scale: jax.Array
+    ) -> jax.Array:
+        return int8_matmul(x, codes, scale, x_scale, x_zero_point=zero, num_outputs=outputs, out_dtype=dtype)
 
-def _int8_product(x: jax.Array, q: QArray, dims: Dims, dtype: jnp.dtype, shared: dict) -> jax.Array:
-    """As `_int4_product`, of codes on both sides; the derivative passes straight through the rounding of x."""
-    return _codes_product(*_quantized_rows(x, q, dims, shared), q, dims, dtype)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
-def _codes_product(
-    ready: jax.Array, codes: jax.Array, x_scale: jax.Array, q: QArray, dims: Dims, dtype: jnp.dtype
-) -> jax.Array:
-    """The product of an activation's codes; `ready` is the activation that they were rounded from."""
-    scale = _packed.gather_matrices(_packed.grid_to_matrix(q.scale, q).astype(jnp.float32), q, dims, 1)
-    multiply = functools.partial(int8_matmul, num_outputs=scale.shape[-1], out_dtype=dtype)
     for _ in dims.w_batch:
         multiply = jax.vmap(multiply)
-    out = multiply(codes, _packed.gather_matrices(q.qvalue, q, dims, 0), scale, x_scale)
-    return _packed.to_free(out, codes, q, dims)
+    return multiply(rows.values, rows.scale, rows.zero_point, operand.qweight, scale)
 
 
-@_codes_product.defjvp
-def _codes_product_jvp(dims: Dims, dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    slope = contract(tangents[0], bare(_plain_array(primals[3])), dims)
-    return _codes_product(*primals, dims, dtype), slope.astype(dtype)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _launch_codes(
+    rows: _Rows, weights: tuple[QArray, ...], all_dims: tuple[Dims, ...], dtype: jnp.dtype
+) -> tuple[jax.Array, ...]:
+    """As `_launch`; the derivative passes straight through the rounding of x."""
+    return _launch(rows, weights, all_dims, dtype)
 
 
-def _quantized_rows(x: jax.Array, q: QArray, dims: Dims, shared: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The prepared activation, and the codes and scales of its rows: once for all weights that need the same."""
-    limit = None if q.activation is None or q.act_scale is not None else _kernel_limit(q.activation)
-    if limit is None:
-        ready, codes = ready_activation(x, q, dims, shared)
-        assert codes is not None  # a weight is packed for this product only if it has an activation spec
-        scale = _packed.to_rows(codes.scale, q, dims)
-        sizes = [ready.shape[d] for d in dims.x_batch]
-        scale = jnp.broadcast_to(scale, (*sizes, *scale.shape[len(sizes) :]))
-        return ready, _packed.to_rows(codes.qvalue, q, dims), scale
-    ready = ready_activation(x, dataclasses.replace(q, activation=None), dims, shared)[0]
-    key = id(ready), dims.x_batch, tuple(_packed.contracting_order(q, dims)), q.activation
-    if key not in shared:
-        rows = _packed.to_rows(ready, q, dims)
-        shared[key] = ready, *activation_quant(rows, q.format.code_dtype, limit=limit)
-    return shared[key]
-
-
-def _kernel_limit(spec: TensorSpec) -> float | None:
-    """Levels of the largest magnitude of a token in `activation_quant`, or None where it has no such grid."""
-    by_token = isinstance(spec.granularity, PerToken) and spec.range == "absmax" and spec.scale_dtype == "float32"
-    if not by_token or spec.grid == "signed":
-        return None
-    if not spec.format.is_integer:
-        return spec.format.qmax
-    return {"full": 127.5, "restricted": 127.0, "power": 128.0}[spec.grid]
+@_launch_codes.defjvp
+def _launch_codes_jvp(all_dims: tuple[Dims, ...], dtype: jnp.dtype, primals: tuple, tangents: tuple) -> tuple:
+    slopes = [
+        contract(tangents[0].ready, bare(_plain_array(q)), dims).astype(dtype)
+        for q, dims in zip(primals[1], all_dims, strict=True)
+    ]
+    return _launch_codes(*primals, all_dims, dtype), tuple(slopes)
 
 
 def is_packed(q: Quantized) -> bool:
@@ -274,27 +336,32 @@ def is_packed(q: Quantized) -> bool:
 def packing_refusal(q: Quantized) -> str | None:
     """Says why no Hopper kernel takes a plain weight, or None when one does."""
     q = q.base if isinstance(q, OutlierArray) else q
+    if len(q.axis) == q.ndim:
+        return "it has no outputs"
     if q.qtype in ("int8", "float8_e4m3fn") and q.activation is not None:
         return _int8_refusal(q, q.activation)
     if q.format.bits != 4 or not q.format.is_integer:
         return f"no kernel takes {q.qtype} weights with float activations; int4 and uint4 are taken"
-    if q.activation is not None:
-        return f"its activation is quantized to {q.activation.qtype}; the int4 kernel takes 16-bit ones"
     if (q.format.kind == "uint") != (q.zero_point is not None):
         return f"{q.qtype} {'without' if q.zero_point is None else 'with'} zero points"
+    operand = jnp.dtype(jnp.bfloat16) if q.activation is None else q.activation.format.code_dtype
+    if q.activation is not None and isinstance(q.activation.granularity, PerGroup):
+        return "the scales of its activation differ along its inputs"
     k, n = _packed.matrix_shape(q)
-    if len(q.axis) == q.ndim:
-        return "it has no outputs"
     groups, zero = math.prod(_packed.group_cells(q)), q.zero_point is not None
-    return int4_supports(k, n + -n % 64, groups, jnp.bfloat16, has_zero_point=zero, scale_dtype=q.scale.dtype)
+    return int4_supports(k, n + -n % 64, groups, operand, has_zero_point=zero, scale_dtype=q.scale.dtype)
 
 
 def _int8_refusal(q: QArray, activation: TensorSpec) -> str | None:
-    if activation.qtype != q.qtype:
+    asymmetric = (q.qtype, activation.qtype) == ("int8", "uint8")
+    if activation.qtype != q.qtype and not asymmetric:
         return f"its activation is quantized to {activation.qtype}; the kernel multiplies {q.qtype} by {q.qtype}"
-    if isinstance(activation.granularity, PerGroup) or math.prod(_packed.group_cells(q)) > 1:
-        return "its scales differ along its inputs"
-    return "it has no outputs" if len(q.axis) == q.ndim else None
+    if activation.granularity == PerGroup(_packed.BLOCK) and q.act_scale is None:
+        if _packed.is_blocked(q) and not asymmetric:
+            return None
+    elif not isinstance(activation.granularity, PerGroup) and math.prod(_packed.group_cells(q)) == 1:
+        return None
+    return "its scales differ along its inputs; the kernel takes blocks of 128 x 128 with activations in groups of 128"
 
 
 def pack_array(q: Quantized) -> Quantized:
@@ -304,7 +371,7 @@ def pack_array(q: Quantized) -> Quantized:
         q: a weight that `packing_refusal` lets pass.
 
     Returns:
-        The weight in the layout `INT4_LAYOUT` or `INT8_LAYOUT`. Zero points are in units of signed codes and in the
+        The weight in one of the layouts of `KERNELS`. Zero points are in units of signed codes and in the
         scale's dtype, which holds them exactly.
     """
     if isinstance(q, OutlierArray):
@@ -312,9 +379,10 @@ def pack_array(q: Quantized) -> Quantized:
     matrix = _packed.codes_to_matrix(codes_of(q), q)
     if not q.format.packed:
         return dataclasses.replace(q, qvalue=pack_int8(matrix), layout=INT8_LAYOUT)
-    qvalue = pack_int4(matrix)
+    layout = INT4_LAYOUT if q.activation is None else INT4_CODES_LAYOUT
+    qvalue = pack_int4(matrix, x_bytes=INT4_LAYOUTS[layout])
     zero = None if q.zero_point is None else q.zero_point.astype(q.scale.dtype) - jnp.asarray(8, q.scale.dtype)
-    return dataclasses.replace(q, qvalue=qvalue, zero_point=zero, layout=INT4_LAYOUT)
+    return dataclasses.replace(q, qvalue=qvalue, zero_point=zero, layout=layout)
 
 
 @overload
@@ -335,7 +403,7 @@ def _plain_array(q: QArray) -> QArray:
     if q.layout == INT8_LAYOUT:
         codes = _packed.codes_from_matrix(unpack_int8(q.qvalue, k, n), q)
         return dataclasses.replace(q, qvalue=codes, layout="plain")
-    codes = _packed.codes_from_matrix(unpack_int4(q.qvalue)[..., :k, :n], q)
+    codes = _packed.codes_from_matrix(unpack_int4(q.qvalue, x_bytes=INT4_LAYOUTS[q.layout])[..., :k, :n], q)
     zero = None if q.zero_point is None else (q.zero_point + jnp.asarray(8, q.zero_point.dtype)).astype(jnp.uint8)
     return dataclasses.replace(q, qvalue=pack_padded(codes, q.format, q.axis[-1]), zero_point=zero, layout="plain")
 
@@ -476,10 +544,9 @@ def grouped_product(
 
 def _rounded_rows(rows: jax.Array, q: QArray, spec: TensorSpec, expert: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(codes, scales [M, 1]) of ready rows."""
-    limit = None if q.act_scale is not None else _kernel_limit(spec)
-    if limit is not None:
-        codes, scale = activation_quant(rows, q.format.code_dtype, limit=limit)
-        return codes, scale
+    grid = None if q.act_scale is not None else _kernel_grid(spec)
+    if grid is not None:
+        return activation_quant(rows, **grid)
     codes = round_rows(rows, q, spec, expert)
     return codes.qvalue, jnp.broadcast_to(codes.scale, (rows.shape[0], 1)).astype(jnp.float32)
 
@@ -510,7 +577,7 @@ def implementation(
         return "xla", ""
     dims = pairing(lhs_is_weight, dimension_numbers)
     why = kernel_refusal(q, dims, x_dtype, dtype)
-    name = GROUPED if dims.w_batch and q.layout == INT4_LAYOUT else KERNELS[q.layout]
+    name = GROUPED if dims.w_batch and q.layout in INT4_LAYOUTS else KERNELS[q.layout]
     return (name, "") if why is None else ("xla", f"unpacked in the program: {why}")
 
 

@@ -17,9 +17,12 @@ from jaxquant._qarray import QArray
 from jaxquant._qtypes import as_signed
 from jaxquant._views import Unrepresentable, code_shape, common_factors, map_grids, refine, remake, reshape
 
-INT4_LAYOUT = "int4_fragments"  # of pallas_kernels.int4_matmul
+INT4_LAYOUT = "int4_fragments"  # of pallas_kernels.int4_matmul, for 16-bit activations
+INT4_CODES_LAYOUT = "int4_byte_fragments"  # the same for 8-bit codes
 INT8_LAYOUT = "int8_k_major"  # of pallas_kernels.int8_matmul
-KERNEL_DIMS = {INT4_LAYOUT: 4, INT8_LAYOUT: 2}
+INT4_LAYOUTS = {INT4_LAYOUT: 2, INT4_CODES_LAYOUT: 1}  # bytes an element of the activation takes
+KERNEL_DIMS = {INT4_LAYOUT: 4, INT4_CODES_LAYOUT: 4, INT8_LAYOUT: 2}
+BLOCK = 128  # the scales of int8_matmul may belong to blocks of so many inputs and outputs
 
 
 def stack_dims(q: QArray) -> int:
@@ -91,6 +94,23 @@ def grid_to_matrix(grid: jax.Array, q: QArray) -> jax.Array:
         grid = refine(grid, d, q.shape[d])
     matrix = jnp.transpose(grid, matrix_order(q))
     return matrix.reshape(*q.shape[: stack_dims(q)], math.prod(group_cells(q)), matrix_shape(q)[1])
+
+
+def is_blocked(q: QArray) -> bool:
+    """Whether the scales of a weight belong to whole blocks of inputs and outputs."""
+    if len(q.axis) > 1 or len(output_dims(q)) != 1:
+        return False
+    (k,), (n,) = contracting_dims(q), output_dims(q)
+    shape = code_shape(q)
+    return (q.scale.shape[k] * BLOCK, q.scale.shape[n] * BLOCK) == (shape[k], shape[n]) != (BLOCK, BLOCK)
+
+
+def block_scales(q: QArray) -> jax.Array:
+    """Gives the scales of blocks as the kernel's [*stack, K / 128, N / 128]."""
+    scale = q.scale
+    for d in range(stack_dims(q)):
+        scale = refine(scale, d, q.shape[d])
+    return jnp.transpose(scale, matrix_order(q))
 
 
 def contracting_order(q: QArray, dims: Dims) -> list[int]:

@@ -41,8 +41,10 @@ def _product(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) -
     return [(result.astype(jnp.float32) + _delta_product(weight, x, numbers, first)).astype(dtype)]
 
 
-def sibling_operands(run: "Execution", eqn: core.JaxprEqn, values: list) -> tuple[Value, QArray, Dims] | None:
-    """(x, weight, how they meet) of a product that a launch for several weights can take, else None."""
+def sibling_operands(
+    run: "Execution", eqn: core.JaxprEqn, values: list
+) -> tuple[Value, QArray, Dims, jnp.dtype] | None:
+    """(x, weight, how they meet, dtype of the result) of a product by a kernel, else None."""
     if sum(map(run.is_special, values)) != 1:
         return None
     first = run.is_special(values[0])
@@ -51,9 +53,9 @@ def sibling_operands(run: "Execution", eqn: core.JaxprEqn, values: list) -> tupl
     numbers = eqn.params["dimension_numbers"]
     if not isinstance(q, QArray) or _ops.why_dense(q, first, numbers) is not None:
         return None
-    name, _ = _ops.implementation(q, first, numbers, x.dtype, result_of(eqn).dtype)
-    dims = _ops.pairing(first, numbers)
-    return (x, q, dims) if name == _ops.KERNELS[_packed.INT4_LAYOUT] and not dims.w_batch else None
+    dtype = result_of(eqn).dtype
+    name, _ = _ops.implementation(q, first, numbers, x.dtype, dtype)
+    return None if name == "xla" else (x, q, _ops.pairing(first, numbers), dtype)
 
 
 def _delta_product(value: Shifted, x: jax.Array, numbers: Any, weight_first: bool) -> jax.Array:

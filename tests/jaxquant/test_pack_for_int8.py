@@ -8,8 +8,12 @@ import pytest
 
 import jaxquant as jq
 from jaxquant._qarray import quantize_array
-from jaxquant._spec import PRESETS, PerToken, QuantSpec, TensorSpec
+from jaxquant._spec import PRESETS, PerBlock, PerGroup, PerTensor, PerToken, QuantSpec, TensorSpec
 
+BLOCKS = [
+    QuantSpec(TensorSpec(qtype, PerBlock((128, 128))), TensorSpec(qtype, PerGroup(128)))
+    for qtype in ("int8", "float8_e4m3fn")
+]
 STATIC = QuantSpec(TensorSpec("int8"), TensorSpec("int8", PerToken(), static=True))
 
 
@@ -48,6 +52,20 @@ def test_products_of_every_format(rng, activation, agrees_by_kernel, spec):
 def test_grids_of_the_activation(rng, activation, agrees_by_kernel, grid):
     spec = QuantSpec(TensorSpec("int8"), TensorSpec("int8", PerToken(), grid=grid))
     agrees_by_kernel(lambda w, x: x @ w, weight(rng, (128, 64), spec), activation(5, 128))
+
+
+@pytest.mark.parametrize("spec", BLOCKS, ids=lambda spec: spec.weight.qtype)
+def test_blocks_of_scales(rng, activation, assert_same, agrees_by_kernel, spec):
+    q = weight(rng, (2, 256, 384), spec, scale=0.1)
+    assert q.scale.shape == (2, 2, 3)
+    assert_same(jq.pack_for(jq.pack_for(q, "h200"), "plain"), q)
+    agrees_by_kernel(lambda w, x: x @ w[1], q, activation(5, 256))
+
+
+@pytest.mark.parametrize("granularity", [PerToken(), PerTensor()], ids=["token", "tensor"])
+def test_asymmetric_activations(rng, activation, agrees_by_kernel, granularity):
+    spec = QuantSpec(TensorSpec("int8"), TensorSpec("uint8", granularity))
+    agrees_by_kernel(lambda w, x: x @ w, weight(rng, (200, 100), spec), activation(2, 3, 200) + 1)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +116,10 @@ def test_gradient_passes_straight_through(rng, activation, assert_close):
 
 
 def test_what_the_kernel_does_not_take_says_so(rng, activation, implementations):
-    mixed = QuantSpec(TensorSpec("int8"), TensorSpec("uint8", PerToken()))
-    assert jq.pack_for(weight(rng, (128, 64), mixed), "h200").layout == "plain"
+    grouped = QuantSpec(TensorSpec("int8"), TensorSpec("int8", PerGroup(64)))
+    ragged = QuantSpec(TensorSpec("int8", PerBlock((64, 128))), TensorSpec("int8", PerGroup(128)))
+    for spec in (grouped, ragged):
+        assert jq.pack_for(weight(rng, (128, 256), spec), "h200").layout == "plain"
     packed, x = jq.pack_for(weight(rng, (3, 128, 64)), "h200"), activation(2, 128)
     ((name, reason),) = implementations(lambda w, x: jnp.einsum("td,ndh->tnh", x, w), packed, x)
     assert name == "xla"
