@@ -154,11 +154,15 @@ def kernel_refusal(q: QArray, dims: Dims, x_dtype: jnp.dtype, dtype: jnp.dtype) 
 
 def _grouped_refusal(q: QArray, x_dtype: jnp.dtype, dtype: jnp.dtype) -> str | None:
     """Why the grouped kernel cannot multiply rows sorted by the matrices of a packed stack, or None."""
-    k, _ = _packed.matrix_shape(q)
+    (k, _), groups = _packed.matrix_shape(q), math.prod(_packed.group_cells(q))
     codes = jnp.dtype(jnp.int32) if q.layout in INT4_LAYOUTS else q.qvalue.dtype
+    if groups > 1 and q.layout not in INT4_LAYOUTS:
+        return "the grouped kernel takes 8-bit weights with one scale a column"
+    if q.activation is not None and (not q.activation.symmetric or isinstance(q.activation.granularity, PerGroup)):
+        return "the grouped kernel takes activations with one scale a row and no zero point"
     return grouped_supports(
         k,
-        math.prod(_packed.group_cells(q)),
+        groups,
         x_dtype if q.activation is None else q.activation.format.code_dtype,
         codes,
         has_zero_point=q.zero_point is not None,

@@ -38,6 +38,17 @@ def test_an_unmodified_ragged_product_runs_in_the_grouped_kernel(rng, activation
     agrees_by_kernel(lambda w, x: jax.lax.ragged_dot(x, w, counts), experts(rng, preset=preset), activation(20, K))
 
 
+@pytest.mark.parametrize("preset", ["w8a8", "fp8", "w4a8"])
+def test_activations_of_eight_bits_run_in_the_grouped_kernel(rng, activation, assert_close, implementations, preset):
+    w = jnp.asarray(rng.normal(size=(E, K, N)) * K**-0.5, jnp.bfloat16)
+    q = quantize_array(w, jq.QuantConfig.preset(preset).default)
+    x, counts = activation(20, K), jnp.asarray(SIZES["ragged"], jnp.int32)
+    fn = lambda w, x: jax.lax.ragged_dot(x, w, counts)  # noqa: E731
+    packed = jq.pack_for(q, "h200")
+    assert implementations(fn, packed, x) == [("grouped_matmul", "")]
+    assert_close(jax.jit(jq.quantized(fn))(packed, x), jax.jit(jq.quantized(fn))(q, x))
+
+
 def test_few_rows_read_their_own_experts_only(rng, activation, assert_close):
     """XLA's form for fewer rows than experts: NaN scales elsewhere do not reach the result."""
     q, x, sizes = experts(rng), activation(3, K), jnp.asarray([0, 2, 0, 1, 0], jnp.int32)
