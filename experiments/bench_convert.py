@@ -100,10 +100,11 @@ def measure(source, target, recipe):
     jq.quantize({"kernel": np.ones((INPUTS, 256), BF16)}, jq.QuantConfig.preset("w4a16"))
     jq.save(f"{target}-warm", {"w": np.ones(8, np.float32)})
     put_out_of_cache(pathlib.Path(source))
-    base, start = peak(), time.monotonic()
+    base, start, cpu = peak(), time.monotonic(), time.process_time()
     convert(source, target, config)
     os.sync()
-    print(json.dumps({"base": base, "peak": peak() - base, "seconds": time.monotonic() - start}))
+    seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu
+    print(json.dumps({"base": base, "peak": peak() - base, "seconds": seconds, "cpu_seconds": cpu_seconds}))
 
 
 def main():
