@@ -156,7 +156,7 @@ def update_statistics(
     if stats.absmax is not None:
         new["absmax"] = jnp.maximum(stats.absmax, jnp.max(jnp.where(seen, magnitude, 0.0), 0))
     if stats.sum_abs is not None:
-        new["sum_abs"] = stats.sum_abs + jnp.einsum("t,tk->k", here, magnitude, precision="highest")
+        new["sum_abs"] = stats.sum_abs + jnp.sum(jax.lax.expand_dims(here, [1]) * magnitude, 0)
     low, high = jnp.where(seen, wide, jnp.inf), jnp.where(seen, wide, -jnp.inf)
     if stats.low is not None and stats.high is not None:
         new |= {"low": jnp.minimum(stats.low, jnp.min(low, 0)), "high": jnp.maximum(stats.high, jnp.max(high, 0))}

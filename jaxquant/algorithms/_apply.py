@@ -76,7 +76,12 @@ def quantize_weight(
     return _quantize_form(w, gathered, transform if transform is not None else chain(), spec, form)
 
 
-@functools.partial(jax.jit, static_argnames=("transform", "spec", "form"))
+# Every shape is compiled once and run a few times. XLA's search for the fastest kernel of each float32 product takes
+# seconds for each product and shape, more than the weights themselves take; cuBLAS' own choice is good.
+OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+
+
+@functools.partial(jax.jit, static_argnames=("transform", "spec", "form"), compiler_options=OPTIONS)
 def _quantize_form(
     w: jax.Array, stats: Statistics, transform: WeightTransform, spec: QuantSpec, form: MatrixForm
 ) -> tuple[QArray | OutlierArray, dict[str, jax.Array]]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxquant._numerics import decode, encode
 from jaxquant._spec import TensorSpec
+from jaxquant.algorithms._rows import visit_rows
 
 TILE = 32  # rows between two products with H
 
@@ -66,8 +67,8 @@ def refit_scales(
         old = jax.lax.dynamic_slice_in_dim(scale, index, 1)
         zero = None if zero_point is None else jax.lax.dynamic_slice_in_dim(zero_point, index, 1)
         values = decode(jax.lax.dynamic_slice_in_dim(codes, start, size), jnp.ones_like(old), zero, spec)
-        gradient = jnp.einsum("tk,kn->tn", rows, deviation, precision="highest")
-        curvature = jnp.einsum("ts,sn->tn", inner, values, precision="highest")
+        gradient = jnp.einsum("tk,kn->tn", rows, deviation, precision="high")
+        curvature = jnp.einsum("ts,sn->tn", inner, values, precision="high")
         along, against = _cell_sum(values * gradient, old.shape[1]), _cell_sum(values * curvature, old.shape[1])
         wide = old.astype(jnp.float32)
         best = wide + along / jnp.where(against > 0, against, 1.0)
@@ -101,21 +102,20 @@ def descend_codes(
     deviation = jnp.pad(weight - rounded, ((0, missing), (0, 0)))
     rounded = jnp.pad(rounded, ((0, missing), (0, 0)))
 
-    def update_row(gradient, scanned):
-        index, along, value, row_group = scanned
-        row_scale = scale[row_group][None]
-        zero = None if zero_point is None else zero_point[row_group][None]
-        new = encode((value + gradient[index] / along[index])[None], row_scale, zero, spec)
-        moved = decode(new, row_scale, zero, spec) - value[None]
-        return gradient - jnp.expand_dims(along, 1) * moved, (new[0], moved[0])
+    def visit(gradient, own):
+        value, row_scale, zero, curvature = own
+        new = encode(value + gradient / curvature, row_scale, zero, spec)
+        return new, decode(new, row_scale, zero, spec) - value
 
     def update_tile(deviation, scanned):
         index, values, groups = scanned
         start = index * TILE
         rows = jax.lax.dynamic_slice_in_dim(hessian, start, TILE)
         inner = jax.lax.dynamic_slice_in_dim(rows, start, TILE, axis=1)
-        gradient = jnp.einsum("tk,kn->tn", rows, deviation, precision="highest")
-        _, (new, moved) = jax.lax.scan(update_row, gradient, (jnp.arange(TILE), inner, values, groups))
+        gradient = jnp.einsum("tk,kn->tn", rows, deviation, precision="high")
+        grids = jax.tree.map(lambda grid: grid[groups], (scale, zero_point))
+        each = (values, *grids, jnp.expand_dims(jnp.diagonal(inner), 1))
+        new, moved = visit_rows(gradient, inner, each, visit)
         own = jax.lax.dynamic_slice_in_dim(deviation, start, TILE) - moved
         return jax.lax.dynamic_update_slice_in_dim(deviation, own, start, axis=0), new
 

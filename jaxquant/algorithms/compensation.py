@@ -60,7 +60,7 @@ def _apply_compensate(
     state: WeightState, spec: QuantSpec, *, strength: float, residual: float, damping: float
 ) -> WeightState:
     hessian, cross = require(state.stats, "hessian"), require(state.stats, "cross")
-    owed = strength * jnp.matmul(cross - hessian, state.weight, precision="highest")
+    owed = strength * jnp.matmul(cross - hessian, state.weight, precision="high")
     if residual:
         owed = owed + residual * require(state.stats, "residual")
     regular, dead = regularize(hessian)

@@ -33,11 +33,11 @@ from jaxquant._spec import QuantSpec, TensorSpec
 from jaxquant._statistics import require
 from jaxquant.algorithms._descent import descend
 from jaxquant.algorithms._factor import diagonal_blocks, factor_upper, regularize
+from jaxquant.algorithms._rows import visit_rows
 from jaxquant.algorithms._transform import WeightState, WeightTransform, find_cells, make_transform, matrix_grid
 
 TILE = 128  # rows between two products with everything before them
 Cells = tuple[jax.Array, jax.Array | None]  # scales and zero points
-BLOCK = 32  # rows updated one by one; larger is slower on a CPU and no faster on a GPU
 
 
 def gptq(
@@ -176,8 +176,8 @@ def _solve_tiles(
     def step(deviation, scanned):
         index, original, upper = scanned
         owed = jax.lax.dynamic_slice_in_dim(factor, index * tile, tile, axis=1)
-        sums = jnp.einsum("kt,kn->tn", owed, deviation, precision="highest")
-        corrected = original + jnp.einsum("ts,tn->sn", upper, sums, precision="highest")
+        sums = jnp.einsum("kt,kn->tn", owed, deviation, precision="high")
+        corrected = original + jnp.einsum("ts,tn->sn", upper, sums, precision="high")
         scale, zero_point = cells(index, corrected)
         codes = _round_tile(corrected, upper, scale, zero_point, spec)
         left = original - decode(codes, *_by_row((scale, zero_point), tile), spec)
@@ -199,27 +199,12 @@ def _round_tile(
     corrected: jax.Array, upper: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: TensorSpec
 ) -> jax.Array:
     """Rounds the rows of a tile in order; each error corrects the rows after it along its row of U."""
-    tile, columns = corrected.shape
-    block = BLOCK if tile % BLOCK == 0 else tile
-    blocks = tile // block
-    scale, zero_point = _by_row((scale, zero_point), tile)
+    scale, zero_point = _by_row((scale, zero_point), corrected.shape[0])
 
-    def round_row(rows, scanned):
-        index, along, row_scale, row_zero = scanned
-        row = rows[index][None]
-        zero = None if row_zero is None else row_zero[None]
-        codes = encode(row, row_scale[None], zero, spec)
-        left = (row - decode(codes, row_scale[None], zero, spec)) / along[index]
-        return rows - jnp.expand_dims(along, 1) * left, (codes[0], left[0])
+    def visit(row, own):
+        row_scale, row_zero, pivot = own
+        codes = encode(row, row_scale, row_zero, spec)
+        return codes, (row - decode(codes, row_scale, row_zero, spec)) / pivot
 
-    def round_block(rest, scanned):
-        index, along, block_scale, block_zero = scanned
-        start = index * block
-        rows = jax.lax.dynamic_slice_in_dim(rest, start, block)
-        within = jax.lax.dynamic_slice_in_dim(along, start, block, axis=1)
-        _, (codes, left) = jax.lax.scan(round_row, rows, (jnp.arange(block), within, block_scale, block_zero))
-        return rest - jnp.einsum("bt,bn->tn", along, left, precision="highest"), codes
-
-    split = [None if x is None else x.reshape(blocks, block, -1) for x in (upper, scale, zero_point)]
-    _, codes = jax.lax.scan(round_block, corrected, (jnp.arange(blocks), *split))
-    return codes.reshape(tile, columns)
+    pivots = jnp.expand_dims(jnp.diagonal(upper), 1)
+    return visit_rows(corrected, upper, (scale, zero_point, pivots), visit)[0]

@@ -77,7 +77,7 @@ def _factor(state: WeightState, alpha: jax.Array) -> jax.Array:
 
 def _search_alpha(state: WeightState, spec: QuantSpec) -> jax.Array:
     x = require(state.stats, "samples")
-    expected = jnp.matmul(x, state.weight, precision="highest")
+    expected = jnp.matmul(x, state.weight, precision="high")
     grid = matrix_grid(state.weight.shape, spec.weight)
 
     def score(alpha):
@@ -88,7 +88,7 @@ def _search_alpha(state: WeightState, spec: QuantSpec) -> jax.Array:
         inputs = x / jax.lax.expand_dims(factor, [0])
         if spec.activation is not None:
             inputs = fake_quantize_activation(inputs, spec.activation)
-        return jnp.sum(jnp.square(jnp.matmul(inputs, rounded, precision="highest") - expected))
+        return jnp.sum(jnp.square(jnp.matmul(inputs, rounded, precision="high") - expected))
 
     alphas = jnp.asarray(GRID)
     return alphas[jnp.argmin(jax.lax.map(score, alphas))]
