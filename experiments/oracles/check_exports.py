@@ -5,13 +5,13 @@
                                                      # compressed-tensors and gptqmodel (see make_interop_goldens.py)
 
 `write` makes a small random Llama, quantizes it, exports each format, imports it again and saves the logits that our
-decoder gives with the imported weights. `read` loads each folder with its library and prints the greatest difference of
-the logits, relative to their spread; it fails above LIMIT. `ct-fp8-kv` carries the scales of a float8 key and value
-cache, which the library may leave alone but not misread; the logits are those without a cache. What is left is the libraries' own arithmetic. GPTQModel's
-layers compute in float16. A quantized activation near the edge between two codes falls to one side or the other; with
-int8 the scale absmax / 127.5 puts the largest element exactly on that edge, and the layers after spread the difference,
-so that `ct-w8a8` differs by as much as quantizing changes at all. A static scale a little larger shows that nothing
-else does.
+decoder gives with the imported weights. `read` loads each folder with its library and prints the greatest difference
+of the logits, relative to their spread; it fails above LIMIT. `ct-fp8-kv` carries the scales of a float8 key and
+value cache, which the library may leave alone but not misread; the logits are those without a cache. What is left is
+the libraries' own arithmetic. GPTQModel's layers compute in float16. A quantized activation near the edge between two
+codes falls to one side or the other; with int8 the scale absmax / 127.5 puts the largest element exactly on that
+edge, and the layers after spread the difference, so that `ct-w8a8` differs by as much as quantizing changes at all. A
+static scale a little larger shows that nothing else does.
 """
 
 import dataclasses
