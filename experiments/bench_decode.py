@@ -1,11 +1,13 @@
-"""A decode step and a prefill of Llama-3-8B's shapes: the unmodified decoder in bfloat16 against packed int4 weights.
+"""A decode step and a prefill of Llama-3-8B's shapes: the unmodified decoder in bfloat16 against packed weights.
 
-    python -m experiments.bench_decode [--layers 32] [--batch 1 16] [--prefill 4096] [--seconds 150] [--json F]
+    python -m experiments.bench_decode [--batch 1 16] [--prefill 4096] [--loop 0] [--trees ...] [--seconds 150] [--json F]
 
 Random weights, made on the device. `step_ms` is a call of the jitted step, gaps included, with its cache donated;
-`kernel_ms` is what its kernels take by CUPTI, and `budget_ms` splits that by kernel. That every quantized product is in
-a launch of the kernel, four a layer (q, k and v together, gate and up together), is asserted in the compiled program.
-Memory is the allocator's.
+`kernel_ms` is what its kernels take by CUPTI, and `budget_ms` splits that by kernel; `loop_ms` is a step of so many
+under one `lax.scan`, as `generate` runs them, the host out of the way. Before anything is timed, one layer of the same
+widths is compared with the same codes multiplied by XLA. That every quantized product is in a launch of a kernel is
+asserted in the compiled program: of int4 weights four a layer (q, k and v together, gate and up together), of int8
+weights seven, and four activations quantized. Memory is the allocator's.
 """
 
 import argparse
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 import jaxquant as jq
 from experiments import _clock
 from experiments.models.config import DecoderConfig
-from experiments.models.decoder import Decoder
+from experiments.models.decoder import Decoder, KVCache
 
 LLAMA3_8B = DecoderConfig(
     vocab_size=128256,
@@ -38,7 +40,11 @@ LLAMA3_8B = DecoderConfig(
 )
 CAPACITY = 1024  # tokens of the cache
 PRODUCTS = 7  # of a layer: q, k, v, o, gate, up, down
-LAUNCHES = 4  # of them: q with k and v, o, gate with up, down
+# Launches a layer: int4 products are q with k and v, o, gate with up, down; codes of activations are made four times.
+LAUNCHES = {"w4a16": 4, "w8a8": PRODUCTS + 4, "w4a8": 4 + 4}
+TREES = {"w4a16": ("w4a16", False), "w4a16+head": ("w4a16", True), "w8a8": ("w8a8", False), "w4a8": ("w4a8", False)}
+TIMED = {"decode": ("bf16", "w4a16", "w4a16+head"), "prefill": ("bf16", "w4a16", "w8a8", "w4a8")}
+TIMED["loop"] = TIMED["decode"]
 KERNEL = 'custom_call_target="mosaic_gpu_v2"'
 
 
@@ -59,20 +65,26 @@ def bytes_in_use() -> int:
     return stats["bytes_in_use"] if stats else 0
 
 
-def pack(params: Any, *, head: bool) -> tuple[Any, dict]:
-    """Quantizes to w4a16 in groups of 128 and packs; also the bits a quantized weight takes, by the allocator."""
-    before = bytes_in_use()
-    config = jq.QuantConfig.preset("w4a16")
+def quantize(params: Any, name: str) -> Any:
+    """A tree of `TREES`, not packed."""
+    preset, head = TREES[name]
+    config = jq.QuantConfig.preset(preset)
     if head:
         config = dataclasses.replace(config, rules=(jq.Rule("lm_head/kernel", config.default), *config.rules))
-    qparams = jq.pack_for(jq.quantize(params, config), "h200")
+    return jq.quantize(params, config)
+
+
+def pack(params: Any, name: str) -> tuple[Any, dict]:
+    """A tree of `TREES`, packed; also the bits a quantized weight takes, by the allocator."""
+    before, (preset, head) = bytes_in_use(), TREES[name]
+    qparams = jq.pack_for(quantize(params, name), "h200")
     jax.block_until_ready(qparams)
     weights = [leaf for leaf in jax.tree.leaves(qparams, is_leaf=_is_weight) if _is_weight(leaf)]
     elements = sum(weight.size for weight in weights)
     report = {
         "weights": len(weights),
         "packed": sum(weight.layout != "plain" for weight in weights),
-        "launches": len(weights) // PRODUCTS * LAUNCHES + head,
+        "launches": len(weights) // PRODUCTS * LAUNCHES[preset] + head,
         "bits_by_size": 8 * sum(weight.nbytes for weight in weights) / elements,
     }
     if after := bytes_in_use():
@@ -84,17 +96,50 @@ def _is_weight(leaf: Any) -> bool:
     return isinstance(leaf, jq.QArray)
 
 
-def programs(model: Decoder, trees: dict[str, Any], batches: list[int], prefill: int) -> dict[tuple, tuple]:
+def verify(config: DecoderConfig, name: str, tokens: int = 256) -> float:
+    """Compares one layer by the kernels with the same codes by XLA: the relative error of its logits.
+
+    Raises:
+        RuntimeError: it is more than rounding explains.
+    """
+    small = dataclasses.replace(config, num_hidden_layers=1, vocab_size=1024)
+    model = Decoder(small, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    plain = quantize(random_params(model, jax.random.key(time.time_ns() % 2**31)), name)
+    prompt = jax.random.randint(jax.random.key(time.time_ns() % 2**31), (1, tokens), 0, small.vocab_size)
+    run = jax.jit(jq.quantized(model.forward))
+    got, want = run(jq.pack_for(plain, "h200"), prompt), run(plain, prompt)
+    error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+    # About ten values a layer are rounded to bfloat16, 2^-9 of their size each; where activations are rounded to codes,
+    # such differences move some to the next code, whose distance is some ten times as large.
+    if not error <= (2.0**-6 if name.startswith("w4a16") else 2.0**-5):
+        raise RuntimeError(f"{name}: one layer differs from XLA's by {error}")
+    return error
+
+
+def programs(
+    model: Decoder, trees: dict[str, Any], batches: list[int], prefill: int, loop: int = 0
+) -> dict[tuple, tuple]:
     """Every program to measure: (kind, tree, size) to (jitted function, its arguments' shapes)."""
+    kinds = {"decode": batches, "prefill": [prefill] if prefill else [], "loop": batches if loop else []}
+
+    def steps(params: Any, token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        def step(carry: tuple, _: None) -> tuple[tuple, None]:
+            logits, cache = model.decode_step(params, *carry)
+            return (jnp.argmax(logits, axis=-1).astype(jnp.int32), cache), None
+
+        return jax.lax.scan(step, (token, cache), None, length=loop)[0]
+
+    functions = {"decode": model.decode_step, "loop": steps, "prefill": model.forward}
     found = {}
-    for kind, size in [*(("decode", batch) for batch in batches), *([("prefill", prefill)] if prefill else [])]:
-        for name, params in trees.items():
-            fn = model.decode_step if kind == "decode" else model.forward
-            run = jax.jit(jq.quantized(fn) if name != "bf16" else fn, donate_argnums=(2,) if kind == "decode" else ())
-            args = [params, jax.ShapeDtypeStruct((size,) if kind == "decode" else (1, size), jnp.int32)]
-            if kind == "decode":
-                args.append(jax.eval_shape(lambda size=size: model.init_cache(size, CAPACITY)))
-            found[kind, name, size] = run, args
+    for kind, sizes in kinds.items():
+        for size in sizes:
+            for name in (name for name in TIMED[kind] if name in trees):
+                fn, cached = functions[kind], kind != "prefill"
+                run = jax.jit(jq.quantized(fn) if name != "bf16" else fn, donate_argnums=(2,) if cached else ())
+                args = [trees[name], jax.ShapeDtypeStruct((size,) if cached else (1, size), jnp.int32)]
+                if cached:
+                    args.append(jax.eval_shape(lambda size=size: model.init_cache(size, CAPACITY)))
+                found[kind, name, size] = run, args
     return found
 
 
@@ -129,6 +174,18 @@ def time_decode(model: Decoder, compiled: Any, params: Any, batch: int, seconds:
         steps(16)
         samples.append((time.perf_counter() - begun) / 16)
     return {"step_ms": statistics.median(samples) * 1e3, **budget(lambda: steps(4), 4)}
+
+
+def time_loop(model: Decoder, compiled: Any, params: Any, batch: int, steps: int) -> dict:
+    """Times programs that append `steps` tokens each, on a cache of which three quarters are filled."""
+    samples = []
+    for _ in range(4):
+        cache = dataclasses.replace(model.init_cache(batch, CAPACITY), length=jnp.int32(CAPACITY - 256))
+        token = jax.block_until_ready(jnp.ones((batch,), jnp.int32))
+        begun = time.perf_counter()
+        jax.block_until_ready(compiled(params, token, cache))
+        samples.append((time.perf_counter() - begun) / steps)
+    return {"loop_ms": statistics.median(samples[1:]) * 1e3}
 
 
 def time_prefill(compiled: Any, params: Any, tokens: jax.Array) -> dict:
@@ -169,7 +226,8 @@ def ratios(rows: list[dict]) -> list[dict]:
             "tree": row["tree"],
             **{
                 f"{clock}_speedup": plain[row["kind"], row["size"]][f"{clock}_ms"] / row[f"{clock}_ms"]
-                for clock in ("step", "kernel")
+                for clock in ("step", "kernel", "loop")
+                if f"{clock}_ms" in row
             },
         }
         for row in rows
@@ -182,6 +240,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=LLAMA3_8B.num_hidden_layers)
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 16])
+    parser.add_argument("--loop", type=int, default=0, help="steps of a program that runs several; 0 leaves it out")
+    parser.add_argument("--trees", nargs="*", choices=list(TREES), default=list(TREES))
     parser.add_argument("--prefill", type=int, default=4096, help="tokens; 0 leaves it out")
     parser.add_argument("--attention", choices=["cudnn", "xla"], default="cudnn", help="of the prefill")
     parser.add_argument("--seconds", type=float, default=150, help="programs not begun by then are left out, by name")
@@ -192,8 +252,9 @@ def main() -> None:
     model = Decoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, implementation=options.attention)
     params = random_params(model, jax.random.key(time.time_ns() % 2**31))
     trees, memory = {"bf16": params}, {"bf16": {}}
-    for name, head in (("w4a16", False), ("w4a16+head", True)):
-        trees[name], memory[name] = pack(params, head=head)
+    for name in options.trees:
+        trees[name], memory[name] = pack(params, name)
+        memory[name]["error"] = verify(LLAMA3_8B, name)
         print(name, json.dumps(memory[name]), flush=True)
     report = {"conditions": _clock.conditions(), "layers": options.layers, "capacity": CAPACITY, "memory": memory}
     rows, failed = [], []
@@ -204,7 +265,7 @@ def main() -> None:
                 json.dump(report | {"rows": rows, "speedups": ratios(rows), "failed": failed}, file, indent=1)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        wanted = programs(model, trees, options.batch, options.prefill)
+        wanted = programs(model, trees, options.batch, options.prefill, options.loop)
         compiling = {
             key: pool.submit(lambda run=run, args=args: run.lower(*args).compile())
             for key, (run, args) in wanted.items()
@@ -217,6 +278,8 @@ def main() -> None:
                     concurrent.futures.wait(compiling.values(), options.seconds - (time.perf_counter() - begun))
                 if kind == "decode":
                     row |= time_decode(model, compiled, trees[name], size)
+                elif kind == "loop":
+                    row |= time_loop(model, compiled, trees[name], size, options.loop)
                 else:
                     row |= time_prefill(compiled, trees[name], jnp.ones((1, size), jnp.int32))
             except Exception as error:  # one program's failure must not take the others' results with it
