@@ -172,6 +172,9 @@ def quantize_calibrated(
     options = {"axis": chosen.axis, "batch_dims": batch_dims}
     quantized, numbers = quantize_weight(joined, spec, algorithm, stats, **options)
     note = "" if dim is None else f"side by side with {len(arrays) - 1} more"
+    if spec.activation is not None and np.any(np.asarray(numbers.get("outliers_left", 0)) > 0):
+        spec, note = dataclasses.replace(spec, activation=None), "more outliers than places: its inputs stay in float"
+        quantized, numbers = quantize_weight(joined, spec, algorithm, stats, **options)
     if stats is not None and not np.all(seen := np.asarray(stats.count) > 0):
         note = _note_unseen(path, seen, unseen)
         if spec.activation is not None and spec.activation.static:

@@ -397,6 +397,11 @@ def stack_units(done: Mapping[Unit, Any], path: str, shape: tuple[int, ...]) -> 
             f"{path}: the model's products use only some of its layers ({places} are missing); leave it with"
             f" Rule({path!r}, None), or calibrate with sequential=False"
         )
+    if len({jax.tree.structure(part) for part in parts.values()}) > 1:
+        raise ValueError(
+            f"{path}: its layers differ in form (the inputs of some stay in float, as their outliers exceed"
+            " llm_int8's capacity), and a stack has one: raise the capacity, or calibrate with sequential=False"
+        )
     return jax.tree.map(
         lambda *leaves: jnp.stack(leaves).reshape(*sizes, *leaves[0].shape), *(parts[index] for index in order)
     )

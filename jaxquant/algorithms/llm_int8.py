@@ -4,7 +4,8 @@ Differs from the papers in:
 1. Outlier channels are chosen once, from calibration, and not for each batch: the weight's float rows are then stored
    once and the integer product needs no gather of weights.
 2. Their number is fixed by `capacity`, so that the container has a static shape. Channels below the threshold are not
-   taken; those above it that do not fit stay quantized, and the report counts them.
+   taken. Where more are above it than fit, all inputs of that weight stay in float and meet its integer codes; the
+   report says so.
 3. The rest may be rounded by any algorithm: `chain(salient(), gptq())`.
 
 References:
@@ -28,7 +29,8 @@ def llm_int8(*, threshold: float = 6.0, capacity: float = 0.01) -> WeightTransfo
 
     Args:
         threshold: least greatest |x| of an outlier channel.
-        capacity: the largest part of the channels that can be kept, in (0, 1].
+        capacity: the largest part of the channels that can be kept, in (0, 1]. A weight with more outliers than that
+            keeps all of its inputs in float, and its codes.
 
     Returns:
         The transform; it needs channel maxima and does not round. For the paper's W8A8 use preset `w8a8`.

@@ -10,6 +10,7 @@ from jaxquant._outliers import OutlierArray, dequantize_outliers, view_weight
 from jaxquant._pack_for import pack_for
 from jaxquant._quantize import dequantize, quantize
 from jaxquant._quantized import explain, quantized
+from jaxquant._report import Report
 from jaxquant._spec import PRESETS, PerGroup, QuantConfig, QuantSpec, TensorSpec
 from jaxquant._statistics import init_statistics, update_statistics
 from jaxquant._summary import summary
@@ -302,3 +303,23 @@ def test_padded_heads_count_logical_channels(rng):
     got = quantized(lambda w, x: jnp.einsum("bhd,hdn->bn", x, w), on_dense="error")(q, x)
     dense = np.asarray(dequantize(q), np.float64)
     np.testing.assert_allclose(got, np.einsum("bhd,hdn->bn", np.asarray(x, np.float64), dense), atol=30 * 30 * 1.2e-7)
+
+
+def test_a_weight_with_more_outliers_than_places_keeps_its_inputs_in_float(rng):
+    x = np.clip(rng.normal(size=(32, 64)), -5, 5).astype(np.float32)  # below the threshold of 6
+    params = {name: jnp.asarray(rng.normal(size=(64, 64)).astype(np.float32) / 8) for name in ("few", "many")}
+
+    def model(p, x):
+        return x @ p["few"], (x * 3) @ p["many"]
+
+    report = Report()
+    config = QuantConfig.preset("w8a8", algorithm=llm_int8())
+    q = quantize(params, config, apply_fn=model, batches=[jnp.asarray(x)], report=report)
+    assert q["few"].base.activation is not None
+    assert q["many"].base.activation is None
+    assert [row.note for row in report.rows] == ["", "more outliers than places: its inputs stay in float"]
+    few, many = quantized(model)(q, jnp.asarray(x))
+    dense = dequantize(q)
+    # Float inputs: the product differs from the dequantized weight's by rounding only; rounded ones by a step of 1/255.
+    assert np.abs(many - (x * 3) @ dense["many"]).max() < 64 * np.finfo(np.float32).eps * np.abs(x * 3).max() * 8
+    assert np.abs(few - x @ dense["few"]).max() > 1e-4
