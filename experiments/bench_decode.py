@@ -1,6 +1,6 @@
 """A decode step and a prefill of Llama-3-8B's shapes: the unmodified decoder in bfloat16 against packed weights.
 
-    python -m experiments.bench_decode [--batch 1 16] [--prefill 4096] [--loop 0] [--trees ...] [--seconds 150] [--json F]
+    python -m experiments.bench_decode [--batch 1 16] [--prefill 4096] [--loop 0] [--trees ...] [--json F]
 
 Random weights, made on the device. `step_ms` is a call of the jitted step, gaps included, with its cache donated;
 `kernel_ms` is what its kernels take by CUPTI, and `budget_ms` splits that by kernel; `loop_ms` is a step of so many
