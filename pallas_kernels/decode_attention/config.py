@@ -10,6 +10,9 @@ from pallas_kernels.decode_attention.layout import GROUP as GROUP_SIZE
 
 SHARED_MEMORY_BYTES = 227 * 1024  # of one block at most; a multiprocessor has what each block reserves more
 RESERVED_BYTES = 1024
+ALIGNMENT = 1024
+REDUCTION_BYTES = 1024  # in which the four warps of a block compare their maxima
+STATISTIC_ROWS = 64  # the maxima and sums travel as a tile of equal rows
 MULTIPROCESSORS = 132
 HEAD_DIMS = (64, 128)
 LARGEST_GROUP = 64
@@ -97,16 +100,17 @@ def padded_group(heads: int, kv_heads: int) -> int:
     return -(-(heads // kv_heads) // 8) * 8
 
 
-def bytes_per_token(cache: Cache, head_dim: int) -> int:
-    """Bytes of codes, scales and offsets of one token and key head."""
-    grids = {True: 8 * head_dim // GROUP_SIZE, False: 8 if cache.bits == 8 else 0}[cache.grouped]
-    return 2 * head_dim * cache.bits // 8 + grids
-
-
 def shared_memory(q: jax.Array, cache: Cache, config: Config) -> int:
-    """Bytes of shared memory of one block, with 3 KB for barriers, reductions and alignment."""
+    """Bytes of shared memory of one block: buffers in multiples of 1 KB, then the barriers."""
     head_dim, group = q.shape[2], padded_group(q.shape[1], cache.k.shape[1])
-    tile = config.block * bytes_per_token(cache, head_dim)
-    partial = (config.split - 1) * (head_dim + 128) * group * 4
-    recent = 2 * head_dim * (config.block + group) if cache.grouped else 0
-    return config.stages * tile + recent + group * (2 * head_dim + config.block) * 2 + partial + 3072
+    staged, block = config.stages * config.block, config.block
+    codes = staged * head_dim * cache.bits // 8
+    buffers = [codes, codes, 2 * group * head_dim, 2 * group * head_dim, 2 * group * block, REDUCTION_BYTES]
+    if cache.grouped:
+        buffers += 4 * [2 * staged * head_dim // GROUP_SIZE] + [2 * block * head_dim, 2 * group * head_dim]
+    elif cache.bits == 8:
+        buffers += 2 * [4 * staged]
+    if others := config.split - 1:
+        buffers += [4 * others * rows * group for rows in (head_dim, STATISTIC_ROWS, STATISTIC_ROWS)]
+    barriers = 8 * (config.stages + 3)
+    return sum(-(-buffer // ALIGNMENT) * ALIGNMENT for buffer in buffers) + barriers

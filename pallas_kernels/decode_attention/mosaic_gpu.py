@@ -16,17 +16,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention import operand
 from pallas_kernels.decode_attention.cache import Cache
-from pallas_kernels.decode_attention.config import Config, padded_group
+from pallas_kernels.decode_attention.config import REDUCTION_BYTES, STATISTIC_ROWS, Config, padded_group
 from pallas_kernels.decode_attention.operand import TILE
 from pallas_kernels.decode_attention.reference import quantized_tokens
 
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 LOWEST_MAXIMUM = -1e30  # finite, so that a block without tokens weighs 0 and not NaN
-STATISTIC_ROWS = 64  # the maxima and sums travel as a tile of equal rows
+VALUE_TOKENS = 32  # of one product of the output: few enough that their operand leaves registers for four blocks
 LOG2_E = math.log2(math.e)
 GROUP = operand.GROUP
 
@@ -50,7 +51,9 @@ def decode_attention_mosaic_gpu(
         grid_names=("head", "batch"),
         cluster=(config.split,),
         cluster_names=("split",),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=REDUCTION_BYTES
+        ),
     )
     return call(*operands.values()).reshape(q.shape)
 
@@ -85,8 +88,8 @@ def _scratch(plan: _Plan, operands: dict) -> dict:
     dtype = operand.DTYPE if plan.coded else q.dtype
     scratch = {
         "rows": plgpu.SMEM((group, head_dim), q.dtype),  # queries as they come, outputs as they go
-        "q": _tiled((group, head_dim), dtype),
-        "p": _tiled((group, block), dtype),
+        "q": _tiled((group, head_dim), dtype, head_dim // 2 if plan.coded else None),
+        "p": _tiled((group, block), dtype, VALUE_TOKENS if plan.coded else None),
         "q_ready": plgpu.Barrier(),
         "ready": plgpu.Barrier(num_barriers=stages, num_arrivals=len(copied)),
     }
@@ -115,9 +118,10 @@ def _token_axis(name: str, shape) -> int:
     return len(shape) - 1 if name.startswith("v") else 0
 
 
-def _tiled(shape: tuple[int, ...], dtype):
+def _tiled(shape: tuple[int, ...], dtype, columns: int | None = None):
+    """Shared memory in the swizzled tiles that wgmma reads, `columns` of which or all take part in one product."""
     size = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
+    swizzle = plgpu.find_swizzle((shape[-1] if columns is None else columns) * size * 8)
     return plgpu.SMEM(
         shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
     )
@@ -168,7 +172,7 @@ def _kernel(plan: _Plan, refs: dict, out_ref, smem: dict):
         plgpu.barrier_wait(smem["ready"].at[slot])
         if recent:
             plgpu.barrier_wait(smem["recent_ready"])
-        x, v = _scores_and_values(plan, smem, slot, recent)
+        x = _scores(plan, smem, slot, recent)
         start = tiles.first_token(tile)
         row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=TILE)
         token = operand.token_of_row(row) if plan.coded else row
@@ -180,18 +184,11 @@ def _kernel(plan: _Plan, refs: dict, out_ref, smem: dict):
         smem["p"].T[...] = jnp.where(seen, p, 0.0).astype(smem["p"].dtype)
         plgpu.commit_smem()
         acc, *statistics = state
-
-        def refill():
-            pl.when(tile + stages < last)(lambda: fetch(tile + stages))
-            if recent:
-                pl.when(tile + 1 < last)(lambda: fetch_recent(tile + 1))
-
-        if plan.coded:  # the tile is in registers, and every warp has passed `commit_smem`
-            refill()
-        acc = acc * _along_columns(decay, acc) + _product(v, smem["p"].T, acc.shape)
-        if not plan.coded:
-            plgpu.commit_smem()  # every warp has read its part of the slot
-            refill()
+        acc = acc * _along_columns(decay, acc) + _output(plan, smem, slot)
+        _synchronize_warpgroup()  # every warp has read its part of the slot
+        pl.when(tile + stages < last)(lambda: fetch(tile + stages))
+        if recent:
+            pl.when(tile + 1 < last)(lambda: fetch_recent(tile + 1))
         return acc, *statistics
 
     group, head_dim = smem["q"].shape
@@ -253,36 +250,53 @@ def _spread_queries(plan: _Plan, smem: dict):
     plgpu.commit_smem()
 
 
-def _scores_and_values(plan: _Plan, smem: dict, slot, recent: bool):
-    """Scores [tokens, group] of a slot in base 2, and its values as an operand, unpacked under that product."""
+@plgpu.inline_mgpu()
+def _synchronize_warpgroup(_=None):
+    mgpu.utils.warpgroup_barrier()
 
-    def multiply(ref):
-        if recent:
-            plgpu.wgmma(ref, smem["recent"], smem["recent_q"].T)
-        else:
-            plgpu.wgmma(ref, _operand(plan, "k", smem, slot), smem["q"].T)
-        v = _operand(plan, "v", smem, slot)
-        if not plan.coded:
-            return ref[...]
-        return ref[...], v
 
+def _scores(plan: _Plan, smem: dict, slot, recent: bool):
+    """Scores [tokens, group] of a slot in base 2."""
     shape = (plan.config.block, smem["q"].shape[0])
-    scores = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-    x, v = scores if plan.coded else (scores, smem["v"].at[slot])
+    if recent:
+        x = _product([(smem["recent"], smem["recent_q"].T)], shape)
+    elif plan.coded:
+        x = _product(_parts(plan, "k", smem, slot, smem["q"]), shape)
+    else:
+        x = _product([(smem["k"].at[slot], smem["q"].T)], shape)
     x = x * (plan.scale * LOG2_E)
     if plan.coded and not plan.grouped:
         x = x * _along_rows(operand.token_order(smem["k_scale"].at[slot]), x)
-    return x, v
+    return x
 
 
-def _operand(plan: _Plan, name: str, smem: dict, slot):
-    """A tile of the cache as the first operand of a product: where it lies, or unpacked in registers."""
-    tile = smem[name].at[slot]
-    if not plan.coded:
-        return tile
+def _output(plan: _Plan, smem: dict, slot):
+    """What a slot's values add to the output [H, group]."""
+    group, head_dim = smem["q"].shape
+    if plan.coded:
+        return _product(_parts(plan, "v", smem, slot, smem["p"]), (head_dim, group))
+    return _product([(smem["v"].at[slot], smem["p"].T)], (head_dim, group))
+
+
+def _parts(plan: _Plan, name: str, smem: dict, slot, other):
+    """Yields a tile of codes as operands, unpacked in registers a part of the columns at a time, each with its rows."""
+    depth = other.shape[1] // 2 if name == "k" else VALUE_TOKENS
     grids = [smem[f"{name}_{grid}"].at[slot] if plan.grouped else None for grid in ("scale", "offset")]
     unpack = operand.keys_operand if name == "k" else operand.values_operand
-    return unpack(tile, *grids, bits=plan.bits)
+    for first in range(0, other.shape[1], depth):
+        part = unpack(smem[name].at[slot], *grids, bits=plan.bits, first=first, depth=depth)
+        yield part, other.at[:, pl.ds(first, depth)].T
+
+
+def _product(operands, shape: tuple[int, int]):
+    """The sum of the products of pairs of operands: one is unpacked under the product of the one before."""
+
+    def multiply(ref):
+        for a, b in operands:
+            plgpu.wgmma(ref, a, b)
+        return ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
 def _softmax(plan: _Plan, smem: dict, slot, x, state):
@@ -302,14 +316,6 @@ def _softmax(plan: _Plan, smem: dict, slot, x, state):
         weights = jnp.exp2(x - _along_columns(new_maximum, x))
     total = total * _along_columns(decay, total) + weights
     return p, decay, (acc, new_maximum, total)
-
-
-def _product(a, b, shape: tuple[int, int]):
-    def multiply(ref):
-        plgpu.wgmma(ref, a, b)
-        return ref[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
 def _send(state, rank, smem: dict):

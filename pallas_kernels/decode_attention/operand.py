@@ -35,32 +35,36 @@ _INT8_SELECTORS = 0x4140, 0x4342
 _E4M3 = "{{ .reg .b16 low, high; mov.b32 {{low, high}}, $1; cvt.rn.f16x2.e4m3x2 $0, {half}; }}"
 
 
-def keys_operand(codes, scale, offset, *, bits: int) -> jax.Array:
-    """Keys of a tile as the first operand of scores: float16 [tokens, H], rows and columns in the orders above.
+def keys_operand(codes, scale, offset, *, bits: int, first: int, depth: int) -> jax.Array:
+    """Keys of a tile as the first operand of scores: float16 [tokens, depth], rows and columns in the orders above.
 
     Args:
         codes: in shared memory, int8 or float8_e4m3fn [tokens, H], or bytes of `layout.pack_keys`.
         scale: float16 [tokens / 32, H] of packed codes, otherwise None.
         offset: like scale.
         bits: of a code.
+        first: the first of the columns.
+        depth: how many of them.
     """
     head_dim = codes.shape[1]
     rows = codes.shape[0] * (8 // bits)
-    source = _Source(bits, (rows, head_dim), run=head_dim // 4, row_of_half=_token_row)
+    source = _Source(bits, (rows, depth), first, run=head_dim // 4, row_of_half=_token_row)
     return _operand(source, codes, scale, offset)
 
 
-def values_operand(codes, scale, offset, *, bits: int) -> jax.Array:
-    """Values of a tile as the first operand of the output: float16 [H, tokens], columns in the order above.
+def values_operand(codes, scale, offset, *, bits: int, first: int, depth: int) -> jax.Array:
+    """Values of a tile as the first operand of the output: float16 [H, depth], columns in the order above.
 
     Args:
         codes: in shared memory, int8 or float8_e4m3fn [H, tokens], or bytes of `layout.pack_values`.
         scale: float16 [H / 32, tokens] of packed codes, otherwise None.
         offset: like scale.
         bits: of a code.
+        first: the first of the columns.
+        depth: how many of them.
     """
-    shape = (codes.shape[0] * (8 // bits), codes.shape[1])
-    source = _Source(bits, shape, run=VALUE_RUN, row_of_half=_natural_row)
+    shape = (codes.shape[0] * (8 // bits), depth)
+    source = _Source(bits, shape, first, run=VALUE_RUN, row_of_half=_natural_row)
     return _operand(source, codes, scale, offset)
 
 
@@ -163,21 +167,26 @@ def _natural_row(lane: _Lane, block: int, half: int):
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """How one operand lies in shared memory: `run` bytes side by side are a lane's, rows as `row_of_half` says."""
+    """Where an operand lies in shared memory: its columns from `first` on, of which every lane has a quarter.
+
+    `run` bytes side by side are a lane's; rows are as `row_of_half` says.
+    """
 
     bits: int
     shape: tuple[int, int]
+    first: int
     run: int
     row_of_half: Callable
 
     def words(self, ref, row, lane: _Lane, itemsize: int = 1) -> list:
         """The thread's 32-bit words of a row: its elements in the order of the product's columns."""
-        count = min(self.run, 16 // itemsize)
+        elements = self.shape[1] // 4
+        count = min(self.run, elements, 16 // itemsize)
         words = []
-        for first in range(0, self.shape[1], 4 * self.run):
-            for inside in range(0, self.run, count):
-                column = lane.sum(lane.times(lane.quad, self.run), constant=first + inside)
-                words += _words(_load(ref, (row, column), count))
+        for element in range(self.first // 4, self.first // 4 + elements, count):
+            run, inside = divmod(element, self.run)
+            column = lane.sum(lane.times(lane.quad, self.run), constant=4 * self.run * run + inside)
+            words += _words(_load(ref, (row, column), count))
         return words
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from pallas_kernels._aot import compile_for_h200
 from pallas_kernels.decode_attention import Cache, decode_attention, default_config
+from pallas_kernels.decode_attention.config import shared_memory
 
 pytestmark = pytest.mark.aot
 
@@ -43,3 +44,5 @@ def test_kernels_fit_an_h200(format, batch, heads, kv_heads, tokens, head_dim, p
     _, reports = compile_for_h200(call, q, lengths, cache)
     assert len(reports) == 1  # one launch
     assert not reports[0].problems
+    barriers = 8 * (config.stages + 3)
+    assert reports[0].shared_memory_bytes == shared_memory(q, cache, config) - barriers

@@ -23,12 +23,13 @@ def channels_in_order(x):
     return x.reshape(4, head_dim // 16, 2, 2, columns).transpose(1, 2, 0, 3, 4).reshape(x.shape)
 
 
-def keys_operand(codes, scale, offset, *, bits):
-    return channels_in_order(in_row_order(_floats(codes, scale, offset, bits, unpack_keys)).T).T
+def keys_operand(codes, scale, offset, *, bits, first, depth):
+    keys = channels_in_order(in_row_order(_floats(codes, scale, offset, bits, unpack_keys)).T).T
+    return keys[:, first : first + depth]
 
 
-def values_operand(codes, scale, offset, *, bits):
-    return in_row_order(_floats(codes, scale, offset, bits, unpack_values).T).T
+def values_operand(codes, scale, offset, *, bits, first, depth):
+    return in_row_order(_floats(codes, scale, offset, bits, unpack_values).T).T[:, first : first + depth]
 
 
 def _floats(codes, scale, offset, bits, unpack):
