@@ -132,6 +132,29 @@ def tile_bound(rows: int, num_experts: int, block_m: int) -> int:
     return (rows + hit * (ALIGNMENT - 1 + block_m - 1)) // block_m
 
 
+def widths(block_m: int) -> tuple[int, ...]:
+    """Rows that a tile may be cut to: the last of an expert is often no more than half full."""
+    return (block_m // 2, block_m) if block_m >= BLOCK else (block_m,)
+
+
+def _expected_cost(mean: float, block_m: int) -> float:
+    """What tiles of `block_m` rows cost an expert of `mean` rows on average, in rows of the tensor cores' time.
+
+    Tokens fall to experts independently, and a tile begins up to 7 rows early.
+    """
+    held, spread = mean + (ALIGNMENT - 1) / 2, math.sqrt(mean + (ALIGNMENT**2 - 1) / 12)
+    more_than = lambda rows: 0.5 * math.erfc((rows - held) / spread / math.sqrt(2)) if rows else 1.0  # noqa: E731
+    # The weight must arrive and be unpacked however few the rows: as the dense kernel's times say.
+    price = lambda width: max(width, 48 + 0.65 * width) if width else 0.0  # noqa: E731
+    cuts = (0, *widths(block_m))
+    tiles = range(0, math.ceil(held + 4 * spread), block_m)
+    return sum(
+        more_than(first + less) * (price(more) - price(less))
+        for first in tiles
+        for less, more in itertools.pairwise(cuts)
+    )
+
+
 def default_config(
     rows: int,
     num_experts: int,
@@ -148,8 +171,7 @@ def default_config(
       NotImplementedError: if no configuration takes the problem.
     """
     mean = rows / min(rows, num_experts)
-    usual = mean + 2 * math.sqrt(mean) + ALIGNMENT - 1  # rows of most experts' tiles, which begin at multiples of 8
-    block_m = next((m for m in (16, 32, 64, 128) if usual <= m), 128 if mean < 512 else 256)
+    block_m = min((*range(16, BLOCK + 1, 16), 2 * BLOCK), key=functools.partial(_expected_cost, mean))
     int4, codes = jnp.dtype(weight_dtype) == jnp.int32, jnp.dtype(x_dtype).itemsize == 1
     few = block_m <= TILE
     depths = (256, 128, 64) if few or (int4 and codes) else (128, 64)
@@ -160,7 +182,7 @@ def default_config(
             num_stages=stages,
             num_warpgroups=4 if size <= 32 else 2,
             scale_after=int4 and (few or codes),
-            row_tiles=1 if int4 or size in (16, 32, 256) else 2,
+            row_tiles=1 if int4 or size <= 32 or size > BLOCK else 2,
         )
         for size, block_k, stages in itertools.product(
             sorted({block_m, min(block_m, BLOCK)}, reverse=True), depths, range(8, 1, -1)

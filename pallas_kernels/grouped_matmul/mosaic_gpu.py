@@ -20,11 +20,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.config import ALIGNMENT, BLOCK, HOPPER_SMS, TILE, Config, tile_bound
+from pallas_kernels.grouped_matmul.config import ALIGNMENT, BLOCK, HOPPER_SMS, TILE, Config, tile_bound, widths
 from pallas_kernels.grouped_matmul.epilogue import PER_COLUMN, PER_ROW, STAGING, silu_mul, store_rows
 from pallas_kernels.grouped_matmul.product import product_of
 from pallas_kernels.grouped_matmul.tiles import COLUMN, EXPERT, FIRST, HIGH, LOW, tile_map
 from pallas_kernels.int4_matmul.config import products_k
+from pallas_kernels.int4_matmul.formats import FORMATS
 
 # Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at
 # launch (168, 128, 96) pays for what the others take, in steps of 8.
@@ -67,6 +68,7 @@ class _Plan:
     def __init__(self, rows, x, qweight, scale, has_zero_point, activation, out_dtype, config):
         self.config, self.gated, self.int4 = config, activation == "silu_mul", qweight.dtype == jnp.int32
         self.dtype, self.scale_dtype, self.out_dtype = x.dtype, scale.dtype, jnp.dtype(out_dtype)
+        self.qtype, self.format = "int4", FORMATS["int4"]
         self.has_zero_point, self.x_bytes = has_zero_point, x.dtype.itemsize
         self.num_experts, num_groups, self.n = scale.shape
         k = x.shape[1]
@@ -82,8 +84,7 @@ class _Plan:
         self.code_factor = 16.0 if self.int4 and x.dtype == jnp.int8 else 1.0  # what unpacking multiplies codes by
         # A channel's scale of 8-bit products waits for the result.
         self.ring_scales = self.x_bytes == 2 or self.grouped
-        # Rows that a tile may be cut to: the last of an expert is often no more than half full.
-        self.widths = (config.block_m // 2, config.block_m) if config.block_m >= BLOCK else (config.block_m,)
+        self.widths = widths(config.block_m)
         # Rows that are staged and stored at a time.
         self.piece = math.gcd(self.widths[0] // 2 if self.gated else self.widths[0], TILE)
         self.num_blocks = min(HOPPER_SMS, tile_bound(rows, self.num_experts, config.block_m) * self.n_tiles)

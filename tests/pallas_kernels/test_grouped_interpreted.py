@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import Config, interleave
 from pallas_kernels.int4_matmul import pack
-from tests.pallas_kernels.test_int4_interpreted import unpack_int4, unpack_int4_bytes
+from tests.pallas_kernels.test_int4_interpreted import unpack_int4_bytes, unpack_words
 
 kernel = importlib.import_module("pallas_kernels.grouped_matmul.mosaic_gpu")
 products = importlib.import_module("pallas_kernels.int4_matmul.products")
@@ -46,7 +46,7 @@ def store_rows(staging, out, first_row, low, high, first_column, *, columns, sec
 
 @pytest.fixture
 def interpreted(monkeypatch, complete_interpreter):
-    monkeypatch.setattr(products, "unpack_int4", unpack_int4)
+    monkeypatch.setattr(products, "unpack_words", unpack_words)
     monkeypatch.setattr(products, "unpack_int4_bytes", unpack_int4_bytes)
     monkeypatch.setattr(kernel, "silu_mul", silu_mul)
     monkeypatch.setattr(kernel, "store_rows", store_rows)
@@ -66,7 +66,7 @@ def interpreted(monkeypatch, complete_interpreter):
 )
 def test_interpreted_kernel_is_the_product(rng, interpreted, monkeypatch, sizes, blocks, after, gated, block_m):
     monkeypatch.setattr(kernel, "HOPPER_SMS", blocks)
-    monkeypatch.setattr(kernel, "BLOCK", 32)  # tiles of 32 rows are cut in half where half will do
+    monkeypatch.setattr(kernel, "widths", lambda rows: (rows,) if rows == 16 else (rows // 2, rows))
     config = Config(block_m=block_m, block_k=128, num_stages=2, num_warpgroups=2, scale_after=after, strip=1)
     k, n, experts, rows = 256, 128, len(sizes), sum(sizes) + config.block_m
     codes = rng.integers(-8, 8, (experts, k, n)).astype(np.int8)
