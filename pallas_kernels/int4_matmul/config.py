@@ -9,6 +9,7 @@ import pathlib
 
 import jax.numpy as jnp
 
+from pallas_kernels.int4_matmul.formats import FORMATS
 from pallas_kernels.int4_matmul.layout import TILE
 
 HOPPER_SMS = 132
@@ -55,12 +56,14 @@ class Config:
         """Pieces of a tile's tokens that different blocks of a cluster add up."""
         return max(q for q in range(1, self.split_k + 1) if self.block_m % (8 * q) == 0)
 
-    def shared_memory_bytes(self, group_size: int, has_zero_point: bool, scale_bytes: int = 2, x_bytes: int = 2) -> int:
-        """Shared memory that a launch takes: x of `x_bytes`, scales (and zero points) of `scale_bytes`."""
+    def shared_memory_bytes(
+        self, group_size: int, has_zero_point: bool, scale_bytes: int = 2, x_bytes: int = 2, bits: int = 4
+    ) -> int:
+        """Shared memory of a launch: x of `x_bytes`, codes of `bits`, scales and zero points of `scale_bytes`."""
         rows = max(1, self.block_k // group_size)
         stage = (
             self.block_m * self.block_k * x_bytes
-            + self.block_n * self.block_k // 2
+            + self.block_n * self.block_k * bits // 8
             + rows * self.block_n * scale_bytes * (1 + has_zero_point)
         )
         chunk = self.block_m // self.chunks
@@ -80,6 +83,7 @@ def supports(
     config: Config | None = None,
     has_zero_point: bool = False,
     scale_dtype=jnp.bfloat16,
+    qtype: str = "int4",
 ) -> str | None:
     """Why the Hopper kernel cannot take a problem, or None if it can.
 
@@ -91,7 +95,10 @@ def supports(
       config: a configuration to check with it.
       has_zero_point: whether there are zero points.
       scale_dtype: of the scales.
+      qtype: the format of the codes.
     """
+    if qtype not in FORMATS:
+        return f"codes of {qtype}; the kernel unpacks {', '.join(FORMATS)}"
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn):
         return f"x is {dtype.name}; the kernel takes bfloat16 or float16, or codes in int8 or float8_e4m3fn"
@@ -102,6 +109,10 @@ def supports(
     group_size = k // num_groups
     if num_groups > 1 and group_size != 32 and group_size % 64:
         return f"groups of {group_size} inputs; the kernel takes 32, a multiple of 64, or one group"
+    if dtype.itemsize == 1 and qtype != "int4":
+        return f"{qtype} weights with 8-bit activations; the kernel takes int4 ones"
+    if has_zero_point and not FORMATS[qtype].takes_zero_points:
+        return f"zero points of {qtype} weights"
     if dtype.itemsize == 1 and num_groups > 1 and group_size % 64:
         return f"groups of {group_size} inputs; with 8-bit activations the kernel takes multiples of 64, or one group"
     if dtype.itemsize == 1 and has_zero_point:
@@ -114,8 +125,10 @@ def supports(
         return f"block_k = {config.block_k} and groups of {group_size} do not divide one another"
     if dtype.itemsize == 1 and not config.scale_after:
         return "scale_after = False with 8-bit activations, which meet codes that are not scaled"
-    long = not config.scale_after or (dtype == jnp.int8 and num_groups == 1)
-    if long and config.block_k < 2 * products_k(config.block_k, group_size, dtype.itemsize):
+    channels = num_groups == 1 and not has_zero_point and dtype != jnp.float8_e4m3fn
+    if (channels or not config.scale_after) and config.block_k < 2 * products_k(
+        config.block_k, group_size, dtype.itemsize
+    ):
         return f"block_k = {config.block_k} is one product; a long sum takes two a stage, which alternate registers"
     if dtype == jnp.float8_e4m3fn and min(config.block_k, group_size) > DEEPEST_FP8:
         return f"sums of {min(config.block_k, group_size)} fp8 products, whose accumulator is good for {DEEPEST_FP8}"
@@ -125,7 +138,11 @@ def supports(
         return (
             f"{config.blocks_per_sm} blocks of {config.num_warpgroups} warpgroups by {config.block_m} tokens on an SM"
         )
-    used = config.shared_memory_bytes(group_size, has_zero_point, jnp.dtype(scale_dtype).itemsize, dtype.itemsize)
+    if config.block_k % FORMATS[qtype].tile_k:
+        return f"block_k = {config.block_k} and tiles of {FORMATS[qtype].tile_k} inputs"
+    used = config.shared_memory_bytes(
+        group_size, has_zero_point, jnp.dtype(scale_dtype).itemsize, dtype.itemsize, FORMATS[qtype].bits
+    )
     room = SHARED_MEMORY_BYTES // config.blocks_per_sm - 1024 * (config.blocks_per_sm - 1)
     if used > room:
         return f"{used} bytes of shared memory, at most {room}"
@@ -133,7 +150,14 @@ def supports(
 
 
 def candidates(
-    m: int, k: int, n: int, num_groups: int, dtype=jnp.bfloat16, has_zero_point: bool = False, scale_dtype=jnp.bfloat16
+    m: int,
+    k: int,
+    n: int,
+    num_groups: int,
+    dtype=jnp.bfloat16,
+    has_zero_point: bool = False,
+    scale_dtype=jnp.bfloat16,
+    qtype: str = "int4",
 ) -> list[Config]:
     """The configurations worth trying for a problem."""
     few, codes = m <= FEW_TOKENS, jnp.dtype(dtype).itemsize == 1
@@ -166,7 +190,7 @@ def candidates(
             blocks_per_sm=blocks,
         )
         takes = functools.partial(
-            supports, k, n, num_groups, dtype, has_zero_point=has_zero_point, scale_dtype=scale_dtype
+            supports, k, n, num_groups, dtype, has_zero_point=has_zero_point, scale_dtype=scale_dtype, qtype=qtype
         )
         depths = [s for s in range(2, 9) if takes(config=dataclasses.replace(cut, num_stages=s)) is None]
         configs += [dataclasses.replace(cut, num_stages=s) for s in depths[-3::2]]
@@ -179,7 +203,7 @@ def _candidates_for_codes(m: int, k: int, n: int, num_groups: int, dtype, scale_
     cuts = itertools.product((128, 256) if whole and m > 128 else (128,), (256, 128), (1, 2), (1, 2), (8, 16))
     configs = []
     for block_m, block_k, split, peers, width in cuts:
-        if split > 1 and m > 512:
+        if split > 1 and (m > 512 or (block_k > 128 and not whole)):  # Pairs of groups and a reduction spill.
             continue
         cut = Config(
             block_m=block_m,
@@ -205,14 +229,22 @@ def _token_tiles(m: int) -> list[int]:
 
 
 def default_config(
-    m: int, k: int, n: int, num_groups: int, dtype=jnp.bfloat16, has_zero_point: bool = False, scale_dtype=jnp.bfloat16
+    m: int,
+    k: int,
+    n: int,
+    num_groups: int,
+    dtype=jnp.bfloat16,
+    has_zero_point: bool = False,
+    scale_dtype=jnp.bfloat16,
+    qtype: str = "int4",
 ) -> Config:
     """The configuration to run a problem with: what was fastest on a problem like it, else the cost model's choice.
 
     Raises:
       NotImplementedError: if no configuration takes the problem.
     """
-    takes = functools.partial(supports, k, n, num_groups, dtype, has_zero_point=has_zero_point, scale_dtype=scale_dtype)
+    options = {"has_zero_point": has_zero_point, "scale_dtype": scale_dtype, "qtype": qtype}
+    takes = functools.partial(supports, k, n, num_groups, dtype, **options)
     codes = jnp.dtype(dtype).itemsize == 1
     tuned = None if codes and m > FEW_TOKENS else _nearest_tuned(m, k, n)
     if tuned is not None:
@@ -222,14 +254,15 @@ def default_config(
             if takes(config=config) is None:
                 return config
     # The other forms are for problems that they were tuned on.
-    usual = candidates(m, k, n, num_groups, dtype, has_zero_point, scale_dtype)
+    usual = candidates(m, k, n, num_groups, dtype, **options)
     fitting = [c for c in usual if c.blocks_per_sm == 1 and c.scale_after == (codes or m <= FEW_TOKENS)]
     if not fitting:
         raise NotImplementedError(
             f"int4_matmul has no Hopper configuration for M={m}, K={k}, N={n}, {num_groups} groups"
         )
-    predicted = predicted_microseconds_of_codes if codes and m > FEW_TOKENS else predicted_microseconds
-    return min(fitting, key=lambda c: predicted(c, m, k, n))
+    if codes and m > FEW_TOKENS:
+        return min(fitting, key=lambda c: predicted_microseconds_of_codes(c, m, k, n))
+    return min(fitting, key=lambda c: predicted_microseconds(c, m, k, n, FORMATS[qtype].bits))
 
 
 def _nearest_tuned(m: int, k: int, n: int) -> Config | None:
@@ -260,7 +293,7 @@ def tuned_entries(device_kind: str = "NVIDIA H200") -> tuple[dict, ...]:
     return tuple(tuned[device_kind]["entries"])
 
 
-def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
+def predicted_microseconds(config: Config, m: int, k: int, n: int, bits: int = 4) -> float:
     """A coarse model: waves of tiles, each the longer of its bytes and its products, and the cost of a launch.
 
     Fitted to the 420 measurements behind tuned.json: 17 % root mean square, and its choice among the candidates was
@@ -273,8 +306,8 @@ def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:
     # Per SM and microsecond: 32 kB from memory with 59 kB in flight, 2.9 million multiply-adds, 71 thousand codes
     # unpacked by two warpgroups.
     codes = c.block_n * inputs * c.blocks_per_sm
-    in_flight = c.blocks_per_sm * c.num_stages * (c.block_n * c.block_k / 2)
-    copy = codes / 2 / 32e3 * max(1.0, 59e3 / in_flight)
+    in_flight = c.blocks_per_sm * c.num_stages * (c.block_n * c.block_k * bits / 8)
+    copy = codes * bits / 8 / 32e3 * max(1.0, 59e3 / in_flight)
     unpacking = codes / 71e3 / min(1.0, c.num_warpgroups * c.blocks_per_sm / 2)
     compute = max(codes * c.block_m / 2.9e6, unpacking)
     # Clusters of four find too few free SMs side by side.

@@ -30,21 +30,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._cluster_sum import add_over_cluster
 from pallas_kernels.int4_matmul.config import Config, num_clusters, products_k
+from pallas_kernels.int4_matmul.formats import FORMATS
 from pallas_kernels.int4_matmul.layout import TILE
 from pallas_kernels.int4_matmul.operand import COLUMNS, ROWS
 from pallas_kernels.int4_matmul.products import product_of
 
 # Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at
 # launch (168, 128, 96) pays for what the others take, in steps of 8.
-_COMPUTE_REGISTERS = {2: 232, 3: 152, 4: 112}
-_COPY_REGISTERS = {2: 40, 3: 40, 4: 24}
+_COMPUTE_REGISTERS = {2: 240, 3: 152, 4: 112}
+_COPY_REGISTERS = {2: 24, 3: 40, 4: 24}
 
 
-def int4_matmul_mosaic_gpu(x, weights, x_scale=None, *, out_dtype=None, config: Config) -> tuple[jax.Array, ...]:
+def int4_matmul_mosaic_gpu(
+    x, weights, x_scale=None, *, out_dtype=None, qtype: str = "int4", config: Config
+) -> tuple[jax.Array, ...]:
     """Launch the kernel once: `x` `[M, K]` times each weight `(qweight, scale, zero_point | None, bias | None)`.
 
     The weights have the same groups and the same dtype of scales, and all or none of them zero points. 8-bit codes x
-    come with `x_scale` `[M]` float32.
+    come with `x_scale` `[M]` float32. `qtype` is the format of the weights' codes.
 
     Returns:
       `[M, N padded to 64]` in `out_dtype` (by default x's) for each weight.
@@ -60,7 +63,7 @@ def int4_matmul_mosaic_gpu(x, weights, x_scale=None, *, out_dtype=None, config: 
         rows = -tokens % (32 if tokens > 32 else 8)
     if rows or k % depth:
         x = jnp.pad(x, ((0, rows), (0, -k % depth)))
-    plan = _Plan(x, weights, out_dtype, config)
+    plan = _Plan(x, weights, out_dtype, qtype, config)
     kernel = plgpu.kernel(
         functools.partial(_body, plan, jax.tree.structure(weights)),
         out_type=[plan.out_type(x.shape[0], qweight.shape[0] * TILE) for qweight, *_ in weights],
@@ -80,17 +83,17 @@ def int4_matmul_mosaic_gpu(x, weights, x_scale=None, *, out_dtype=None, config: 
 class _Plan:
     """The static geometry of one launch."""
 
-    def __init__(self, x, weights, out_dtype, config):
+    def __init__(self, x, weights, out_dtype, qtype, config):
         m, k = x.shape
         _, scale, zero_point, _ = weights[0]
         num_groups = scale.shape[0]
         self.config, self.dtype, self.scale_dtype = config, x.dtype, scale.dtype
+        self.qtype, self.format = qtype, FORMATS[qtype]
         self.has_zero_point, self.out_dtype = zero_point is not None, out_dtype
         self.x_bytes, self.grouped = x.dtype.itemsize, num_groups > 1
         self.acc_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
         self.code_factor = 16.0 if x.dtype == jnp.int8 else 1.0  # what `unpack_int4_bytes` multiplies codes by
-        # A channel's scale of 8-bit products waits for the result.
-        self.ring_scales = self.x_bytes == 2 or self.grouped
+        self.ring_scales = self.grouped or self.has_zero_point  # A channel's scale waits for the result.
         # 32-bit registers do not transpose into shared memory without bank conflicts.
         self.transposed_out = out_dtype.itemsize == 4
         # The output tiles of all weights are numbered through; a tile belongs to one.
@@ -144,7 +147,7 @@ class _Plan:
         piece = (TILE, self.piece_m) if self.transposed_out else (self.piece_m, TILE)
         scratch = {
             "x": _tiled((stages, c.block_m, c.block_k), self.dtype, self.wgmma_k),
-            "w": plgpu.SMEM((stages, c.num_warpgroups, c.block_k // TILE, 2, 256), jnp.int32),
+            "w": plgpu.SMEM((stages, c.num_warpgroups, c.block_k // self.format.tile_k, 2, 256), jnp.int32),
             "scale": plgpu.SMEM(rows, self.scale_dtype) if self.ring_scales else None,
             "zero": plgpu.SMEM(rows, self.scale_dtype) if self.has_zero_point else None,
             "out": _tiled((c.num_warpgroups, self.stagings, *piece), self.out_dtype, piece[1]),
@@ -237,7 +240,7 @@ def _copy_tiles(plan: _Plan, x, weights, smem):
         full = smem["full"].at[slot]
         rows = pl.ds(lax.div(step * c.block_k, plan.group_size), plan.scale_rows)
         columns = pl.ds(n_tile * c.block_n, c.block_n)
-        k_tiles = c.block_k // TILE
+        k_tiles = c.block_k // plan.format.tile_k
         plgpu.copy_gmem_to_smem(
             w.at[pl.ds(n_tile * c.num_warpgroups, c.num_warpgroups), pl.ds(step * k_tiles, k_tiles)],
             smem["w"].at[slot],

@@ -1,7 +1,8 @@
 """The product of one tile: how codes in registers meet activations, and where scales come in.
 
-16-bit activations: for few tokens each group's product is scaled after it, for many the weights before it. 8-bit ones
-meet codes as they are, so that a scale can only come after: a group's, on its product; a channel's, on the result.
+Scales of groups: with 16-bit activations each group's product is scaled after it for few tokens, the weights before it
+for many; 8-bit ones meet codes as they are, so that scales come after. A channel's scale waits for the result, unless a
+zero point comes with it.
 Each function returns a warpgroup's sums `[64 outputs, tokens of the tile]` over the steps `first` to `last`.
 """
 
@@ -11,34 +12,42 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.int4_matmul.layout import CODE_OFFSET, TILE
-from pallas_kernels.int4_matmul.operand import MAGIC, ROWS, unpack_int4, unpack_int4_bytes
+from pallas_kernels.int4_matmul.layout import TILE
+from pallas_kernels.int4_matmul.operand import MAGIC, ROWS, unpack_int4_bytes, unpack_words
 
 
 def product_of(plan):
     """The product that a plan's operands and configuration ask for."""
     if plan.x_bytes == 1:
         return _product_of_codes if plan.grouped or plan.acc_dtype == jnp.float32 else _long_product
-    return _product_scaled_after if plan.config.scale_after else _long_product
+    return _product_scaled_after if plan.ring_scales and plan.config.scale_after else _long_product
 
 
-def _operands(plan, warpgroup, smem, slot, group: int):
-    """Row vectors `[64]` float32 of a group of the stage: the offset of its codes and its scale."""
+def _row(plan, warpgroup, smem, name: str, slot, group: int):
+    """A vector `[64]` float32 of a group of the stage: scales or zero points of this warpgroup's outputs."""
     where = (slot, group, pl.ds(warpgroup * TILE, TILE))
-    scale = plgpu.load(smem["scale"].at[where], layout=ROWS, optimized=False).astype(jnp.float32)
-    hidden = float(MAGIC[jnp.dtype(plan.dtype).name] + CODE_OFFSET)
+    return plgpu.load(smem[name].at[where], layout=ROWS, optimized=False).astype(jnp.float32)
+
+
+def _offset(plan, warpgroup, smem, slot, group: int):
+    """What unpacking subtracts from the codes of a group `[64]`, or None for formats that have no such number."""
+    if plan.x_bytes == 1 or not plan.format.takes_zero_points:
+        return None
+    hidden = float(MAGIC[jnp.dtype(plan.dtype).name] + plan.format.offset)
     if not plan.has_zero_point:
-        return plgpu.layout_cast(jnp.full((TILE,), hidden, jnp.float32), ROWS), scale
-    return plgpu.load(smem["zero"].at[where], layout=ROWS, optimized=False).astype(jnp.float32) + hidden, scale
+        return plgpu.layout_cast(jnp.full((TILE,), hidden, jnp.float32), ROWS)
+    return _row(plan, warpgroup, smem, "zero", slot, group) + hidden
 
 
 def _weights(plan, warpgroup, smem, slot, first_k: int, offset, scale):
     """Unpack `wgmma_k` inputs of a stage."""
-    tile, inside = divmod(first_k, TILE)
-    packed = smem["w"].at[slot, warpgroup]
+    first, inside = divmod(first_k, plan.format.tile_k)
+    count = max(1, plan.wgmma_k // plan.format.tile_k)
+    tiles = [smem["w"].at[slot, warpgroup, tile] for tile in range(first, first + count)]
     if plan.x_bytes == 1:
-        return unpack_int4_bytes([packed.at[tile + i] for i in range(plan.wgmma_k // TILE)], dtype=plan.dtype)
-    return unpack_int4(packed.at[tile], offset, scale, first_step=inside // 16, depth=plan.wgmma_k, dtype=plan.dtype)
+        return unpack_int4_bytes(tiles, dtype=plan.dtype)
+    word = inside * plan.format.bits // 64
+    return unpack_words(tiles, offset, scale, first_word=word, depth=plan.wgmma_k, dtype=plan.dtype, qtype=plan.qtype)
 
 
 def _multiply(plan, smem, slot, first_k: int, acc, weights):
@@ -67,7 +76,7 @@ def _product_scaled_after(plan, warpgroup, smem, first, last, position):
     c = plan.config
 
     def group_product(slot, group):
-        offset, scale = _operands(plan, warpgroup, smem, slot, group)
+        offset = _offset(plan, warpgroup, smem, slot, group)
 
         def multiply(part):
             for first_k in range(group * plan.group_k, (group + 1) * plan.group_k, plan.wgmma_k):
@@ -76,6 +85,7 @@ def _product_scaled_after(plan, warpgroup, smem, first, last, position):
             return part[...]
 
         part = pl.run_scoped(multiply, plgpu.ACC((TILE, c.block_m), jnp.float32))
+        scale = _row(plan, warpgroup, smem, "scale", slot, group)
         return part * lax.broadcast_in_dim(scale, part.shape, (0,))
 
     def stage(step, acc):
@@ -90,33 +100,37 @@ def _product_scaled_after(plan, warpgroup, smem, first, last, position):
 
 
 def _product_of_codes(plan, warpgroup, smem, first, last, position):
-    """Sum of 8-bit products in float32, of a group times its scale; the next weights are unpacked under a product."""
+    """Sum of 8-bit products in float32, of a group times its scale.
+
+    Groups go in pairs: while the product of the second runs, that of the first is scaled.
+    """
     c = plan.config
-    depths = range(0, c.block_k, plan.group_k)
+
+    def issue(slot, group, part):
+        for first_k in range(group * plan.group_k, (group + 1) * plan.group_k, plan.wgmma_k):
+            _multiply(plan, smem, slot, first_k, part, _weights(plan, warpgroup, smem, slot, first_k, None, None))
+
+    def scaled(slot, group, part, in_flight):
+        value = plgpu.wgmma_accumulator_load(part, wait_n=in_flight).astype(jnp.float32)
+        if plan.ring_scales:
+            scale = _row(plan, warpgroup, smem, "scale", slot, group)
+            value = value * lax.broadcast_in_dim(scale, value.shape, (0,))
+        return value
 
     def stage(step, total):
         slot = lax.rem(position + (step - first), jnp.int32(c.num_stages))
         plgpu.barrier_wait(smem["full"].at[slot])
-        unpacked = lambda first_k: [  # noqa: E731
-            _weights(plan, warpgroup, smem, slot, k, None, None)
-            for k in range(first_k, first_k + plan.group_k, plan.wgmma_k)
-        ]
-        ahead = unpacked(0)
-        for group, first_k in enumerate(depths):
+        groups = range(c.block_k // plan.group_k)
+        for pair in (groups[i : i + 2] for i in groups[::2]):
 
-            def multiply(part, first_k=first_k, weights=ahead):
-                for i, value in enumerate(weights):
-                    _multiply(plan, smem, slot, first_k + i * plan.wgmma_k, part, value)
-                following = unpacked(first_k + plan.group_k) if first_k != depths[-1] else []
-                return part[...], following
+            def multiply(*parts, pair=pair, total=total):
+                for group, part in zip(pair, parts, strict=True):
+                    issue(slot, group, part)
+                for group, part, after in zip(pair, parts, reversed(range(len(pair))), strict=True):
+                    total = total + scaled(slot, group, part, after * (plan.group_k // plan.wgmma_k))
+                return total
 
-            part, ahead = pl.run_scoped(multiply, plgpu.ACC((TILE, c.block_m), plan.acc_dtype))
-            part = part.astype(jnp.float32)
-            if plan.grouped:
-                where = (slot, group, pl.ds(warpgroup * TILE, TILE))
-                scale = plgpu.load(smem["scale"].at[where], layout=ROWS, optimized=False).astype(jnp.float32)
-                part = part * lax.broadcast_in_dim(scale, part.shape, (0,))
-            total = total + part
+            total = pl.run_scoped(multiply, *[plgpu.ACC((TILE, c.block_m), plan.acc_dtype)] * len(pair))
         _release(plan, smem["empty"].at[slot])
         return total
 
@@ -138,10 +152,11 @@ def _long_product(plan, warpgroup, smem, first, last, position):
             slot, before = lax.rem(at, stages), lax.rem(at - 1 + stages, stages)
             plgpu.barrier_wait(smem["full"].at[slot])
             for first_k in range(0, c.block_k, plan.wgmma_k):
-                factors = (None, None)
-                if plan.x_bytes == 2:
-                    factors = _operands(plan, warpgroup, smem, slot, first_k // plan.group_k)
-                weights = _weights(plan, warpgroup, smem, slot, first_k, *factors)
+                group = first_k // plan.group_k
+                offset = _offset(plan, warpgroup, smem, slot, group)
+                scaled = plan.ring_scales and plan.x_bytes == 2
+                scale = _row(plan, warpgroup, smem, "scale", slot, group) if scaled else None
+                weights = _weights(plan, warpgroup, smem, slot, first_k, offset, scale)
                 _multiply(plan, smem, slot, first_k, acc, weights)
                 plgpu.wgmma_wait(1)
                 if first_k == 0:

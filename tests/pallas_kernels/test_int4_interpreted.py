@@ -12,21 +12,24 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.int4_matmul import Config, pack, unpack
-from pallas_kernels.int4_matmul.layout import CODE_OFFSET
+from pallas_kernels.int4_matmul.formats import FORMATS, values_of
 from pallas_kernels.int4_matmul.operand import MAGIC
 
 kernel = importlib.import_module("pallas_kernels.int4_matmul.mosaic_gpu")
 products = importlib.import_module("pallas_kernels.int4_matmul.products")
 
 
-def unpack_int4(tile, offset, scale, *, first_step, depth, dtype):
-    """What `operand.unpack_int4` emits, in jnp."""
-    codes = unpack(tile[...][None, None]).astype(jnp.float32) + CODE_OFFSET
-    magic = (codes + MAGIC[jnp.dtype(dtype).name]).astype(dtype)
-    weights = magic - offset.astype(dtype)[None, :]
+def unpack_words(tiles, offset, scale, *, first_word, depth, dtype, qtype):
+    """What `operand.unpack_words` emits, in jnp."""
+    codes = unpack(jnp.stack([tile[...] for tile in tiles])[None], qtype=qtype)
+    first = first_word * 64 // FORMATS[qtype].bits
+    weights = values_of(codes, qtype)[first : first + depth].astype(dtype)
+    if offset is not None:
+        hidden = (MAGIC[jnp.dtype(dtype).name] + FORMATS[qtype].offset + weights.astype(jnp.float32)).astype(dtype)
+        weights = hidden - offset.astype(dtype)[None, :]
     if scale is not None:
         weights = weights * scale.astype(dtype)[None, :]
-    return weights[16 * first_step : 16 * first_step + depth].T
+    return weights.T
 
 
 def unpack_int4_bytes(tiles, *, dtype):
@@ -37,7 +40,7 @@ def unpack_int4_bytes(tiles, *, dtype):
 
 @pytest.fixture
 def interpreted(monkeypatch, complete_interpreter):
-    monkeypatch.setattr(products, "unpack_int4", unpack_int4)
+    monkeypatch.setattr(products, "unpack_words", unpack_words)
     monkeypatch.setattr(products, "unpack_int4_bytes", unpack_int4_bytes)
 
     def run(*operands, **options):
@@ -124,3 +127,22 @@ def test_interpreted_kernel_takes_codes_of_activations(
     # Rounded to the result's significant bits; sums of int8 codes are exact, those of fp8 float32's.
     bound = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-20}[out_dtype]
     assert np.linalg.norm(np.asarray(out, np.float64) - exact) <= bound * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    ("qtype", "groups", "changes"),
+    [("int8", 1, {"split_k": 2}), ("float8_e4m3fn", 2, {}), ("int2", 4, {"scale_after": False})],
+)
+def test_interpreted_kernel_takes_other_formats(rng, interpreted, monkeypatch, qtype, groups, changes):
+    monkeypatch.setattr(kernel, "num_clusters", lambda cluster, blocks_per_sm: 2)
+    m, k, n = 8, 256, 128
+    low, high = {"int8": (-128, 128), "int2": (-2, 2), "float8_e4m3fn": (-16, 17)}[qtype]
+    codes = jnp.asarray(rng.integers(low, high, (k, n)), jnp.int32)
+    half = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    x, scale = half(m, k), half(groups, n)
+    config = dataclasses.replace(CONFIG, **changes)
+    (out,) = interpreted(x, ((pack(codes, qtype=qtype), scale, None, None),), qtype=qtype, config=config)
+    wide = np.asarray(values_of(codes, qtype), np.float64) * np.repeat(np.asarray(scale, np.float64), k // groups, 0)
+    exact = np.asarray(x, np.float64) @ wide
+    # The result, and a weight that is scaled before the product, are rounded to 8 significant bits.
+    assert np.linalg.norm(np.asarray(out, np.float64) - exact) <= 2.0**-8 * np.linalg.norm(exact)
