@@ -8,6 +8,7 @@ Differs from the papers in:
    calibration tokens; AutoRound starts from round-to-nearest.
 3. One gain for each scale cell, with zero points fixed, where AutoRound trains both ends of the range.
 4. Rounding is hard with a straight-through gradient (AutoRound), not AdaRound's annealed sigmoid.
+5. Where a block's activations are rounded too, training sees them in float.
 
 Symbols: V [K, N] offsets within +-1/2, g gains of the scale grid, D [K, N] = weight - its rounding.
 
