@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.grouped_matmul.config import ALIGNMENT, BLOCK, HOPPER_SMS, TILE, Config, tile_bound, widths
 from pallas_kernels.grouped_matmul.epilogue import PER_COLUMN, PER_ROW, STAGING, silu_mul, store_rows
 from pallas_kernels.grouped_matmul.product import product_of
-from pallas_kernels.grouped_matmul.tiles import COLUMN, EXPERT, FIRST, HIGH, LOW, tile_map
+from pallas_kernels.grouped_matmul.tiles import find_tile, tile_map
 from pallas_kernels.int4_matmul.config import products_k
 from pallas_kernels.int4_matmul.formats import FORMATS
 
@@ -48,7 +48,7 @@ def grouped_matmul_mosaic_gpu(
         if vector is not None:  # a tile at the end reads on
             refs[name] = jnp.pad(vector.astype(jnp.float32).reshape(-1), (0, config.block_m))
     plan = _Plan(rows, x, qweight, scale, zero_point is not None, activation, out_dtype, config)
-    refs["tiles"], refs["count"] = tile_map(group_sizes, rows, plan.n_tiles, config)
+    refs["tiles"], refs["count"] = tile_map(group_sizes, rows, config)
     names = tuple(refs)
     kernel = plgpu.kernel(
         lambda *args: _body(plan, dict(zip(names, args[:-1], strict=True)), args[-1]),
@@ -100,7 +100,7 @@ class _Plan:
         *narrow, wide = self.widths
         if not narrow:
             return visit(wide)
-        fits = tile[HIGH] - tile[FIRST] * ALIGNMENT <= narrow[0]
+        fits = tile.high - tile.first * ALIGNMENT <= narrow[0]
         pl.when(fits)(lambda: visit(narrow[0]))
         pl.when(jnp.logical_not(fits))(lambda: visit(wide))
 
@@ -155,18 +155,17 @@ def _body(plan: _Plan, refs, out):
 
 
 def _for_each_tile(plan: _Plan, refs, visit):
-    """Call `visit(tile, steps, position)` for this block's tiles: the tile's column of the map, read field by field.
+    """Call `visit(tile, column, steps, position)` for the row tiles and tiles of outputs of this block.
 
     The position counts the stages of the ring that have gone by. Returns the last one.
     """
-    block, tiles = lax.axis_index("block"), refs["tiles"]
-    count = lax.div(refs["count"][0] - block + plan.num_blocks - 1, jnp.int32(plan.num_blocks))
+    block = lax.axis_index("block")
+    count = lax.div(refs["count"][0] * plan.n_tiles - block + plan.num_blocks - 1, jnp.int32(plan.num_blocks))
 
     def step(i, position):
-        index = block + i * plan.num_blocks
-        tile = [tiles[field, index] for field in range(tiles.shape[0])]
-        steps = jnp.where(tile[EXPERT] < plan.num_experts, plan.k_steps, 0)
-        visit(tile, steps, position)
+        tile, column = find_tile(refs["tiles"], block + i * plan.num_blocks, plan.n_tiles)
+        steps = jnp.where(tile.expert < plan.num_experts, plan.k_steps, 0)
+        visit(tile, column, steps, position)
         return position + steps
 
     return lax.fori_loop(0, count, step, jnp.int32(0))
@@ -176,8 +175,8 @@ def _copy_tiles(plan: _Plan, refs, smem):
     """Stream every stage of this block's tiles through the ring."""
     c = plan.config
 
-    def visit(tile, steps, position):
-        columns = pl.ds(tile[COLUMN] * c.block_n, c.block_n)
+    def visit(tile, column, steps, position):
+        columns = pl.ds(column * c.block_n, c.block_n)
 
         def copy_stage(step, at):
             slot = lax.rem(at, jnp.int32(c.num_stages))
@@ -186,19 +185,19 @@ def _copy_tiles(plan: _Plan, refs, smem):
             full, sources = smem["full"].at[slot], {}
 
             def copy_rows(width):
-                rows = pl.ds(tile[FIRST] * ALIGNMENT, width)
+                rows = pl.ds(tile.first * ALIGNMENT, width)
                 plgpu.copy_gmem_to_smem(refs["x"].at[rows, inputs], smem["x"].at[slot, pl.ds(0, width)], full)
 
             plan.for_width(tile, copy_rows)
             if plan.int4:
                 k_tiles = c.block_k // TILE
-                outputs = pl.ds(tile[COLUMN] * c.num_warpgroups, c.num_warpgroups)
-                sources["w"] = refs["w"].at[tile[EXPERT], outputs, pl.ds(step * k_tiles, k_tiles)]
+                outputs = pl.ds(column * c.num_warpgroups, c.num_warpgroups)
+                sources["w"] = refs["w"].at[tile.expert, outputs, pl.ds(step * k_tiles, k_tiles)]
             else:
-                sources["w"] = refs["w"].at[tile[EXPERT], columns, inputs]
+                sources["w"] = refs["w"].at[tile.expert, columns, inputs]
             groups = pl.ds(lax.div(step * c.block_k, plan.group_size), plan.scale_rows)
             for name in ("scale",) * plan.ring_scales + ("zero",) * plan.has_zero_point:
-                sources[name] = refs[name].at[tile[EXPERT], groups, columns]
+                sources[name] = refs[name].at[tile.expert, groups, columns]
             for name, source in sources.items():
                 plgpu.copy_gmem_to_smem(source, smem[name].at[slot], full)
             return at + 1
@@ -214,13 +213,13 @@ def _compute_tiles(plan: _Plan, warpgroup, refs, out, smem):
     """Multiply this warpgroup's 64 outputs of every tile, finish them, store."""
     c = plan.config
 
-    def visit(tile, steps, position):
+    def visit(tile, column, steps, position):
         def multiply(width):
             narrow = plan.cut(width)
             rows = smem | {"x": smem["x"].at[:, pl.ds(0, width)]}
             totals = product_of(narrow)(narrow, warpgroup, rows, 0, steps, position)
             for i, sums in enumerate(totals):
-                first_column = tile[COLUMN] * c.block_n + (warpgroup * c.row_tiles + i) * TILE
+                first_column = column * c.block_n + (warpgroup * c.row_tiles + i) * TILE
                 _finish(narrow, warpgroup, refs, out, smem, sums, tile, first_column)
 
         plan.for_width(tile, multiply)
@@ -230,7 +229,7 @@ def _compute_tiles(plan: _Plan, warpgroup, refs, out, smem):
 
 def _finish(plan: _Plan, warpgroup, refs, out, smem, sums, tile, first_column):
     """Scale a tile's sums, apply the activation, store."""
-    own = pl.ds(tile[FIRST] * ALIGNMENT, plan.config.block_m)
+    own = pl.ds(tile.first * ALIGNMENT, plan.config.block_m)
     of_row = {
         name: plgpu.load(refs[name].at[own], layout=PER_COLUMN, optimized=False)
         for name in ("x_scale", "row_scale")
@@ -240,7 +239,7 @@ def _finish(plan: _Plan, warpgroup, refs, out, smem, sums, tile, first_column):
     if not plan.ring_scales:
         # The expert that owns nothing, and outputs past the last, read some other scale.
         where = (
-            jnp.minimum(tile[EXPERT], plan.num_experts - 1),
+            jnp.minimum(tile.expert, plan.num_experts - 1),
             0,
             pl.ds(jnp.minimum(first_column, plan.n - TILE), TILE),
         )
@@ -264,9 +263,9 @@ def _store(plan: _Plan, warpgroup, out, smem, values, tile, first_column):
         store_rows(
             staging,
             out,
-            tile[FIRST] * ALIGNMENT + start,
-            tile[LOW],
-            tile[HIGH],
+            tile.first * ALIGNMENT + start,
+            tile.low,
+            tile.high,
             first_column,
             columns=plan.columns,
             second_half=values.shape[1] if plan.gated else None,

@@ -1,51 +1,87 @@
 """The tile map: which rows of which expert a tile holds, from group sizes that only the device knows."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.grouped_matmul.config import ALIGNMENT, Config, tile_bound
 
-# Rows of the map.
-EXPERT, COLUMN, FIRST, LOW, HIGH = range(5)
+
+class RowTile(NamedTuple):
+    """A row tile of the map; in the map itself, int32 `[bound]` of each.
+
+    Attributes:
+      expert: whose rows they are; the number of experts for rows past the sum of the group sizes.
+      first: the first row, in units of 8 (so that the compiler sees what it is a multiple of).
+      low: the expert's first row of all.
+      high: the row after its last.
+      head: the tile that begins this one's strip.
+      width: tiles of the strip.
+    """
+
+    expert: jax.Array
+    first: jax.Array
+    low: jax.Array
+    high: jax.Array
+    head: jax.Array
+    width: jax.Array
 
 
-def tile_map(group_sizes: jax.Array, rows: int, n_tiles: int, config: Config) -> tuple[jax.Array, jax.Array]:
-    """List the tiles of a grouped product, in the order in which blocks take them.
+def tile_map(group_sizes: jax.Array, rows: int, config: Config) -> tuple[jax.Array, jax.Array]:
+    """List the row tiles of a grouped product.
 
-    A tile begins at a multiple of 8 rows, where the copy engine can; of its rows it owns those from LOW to HIGH. Rows
-    past the sum of the sizes make one expert more, which has no inputs: its tiles are stored as zeros. Under a column
-    of outputs, a strip of the expert's row tiles is visited before the next column.
+    A tile begins at a multiple of 8 rows, where the copy engine can; of its rows it owns those from `low` to `high`.
+    Rows past the sum of the sizes make one expert more, which has no inputs: its tiles are stored as zeros. The map
+    does not depend on the outputs: the products of a layer share it.
 
     Args:
       group_sizes: `[E]` integers.
       rows: rows in all.
-      n_tiles: tiles along the outputs.
       config: gives the rows of a tile and the length of a strip.
 
     Returns:
-      int32 `[5, bound]`: EXPERT, COLUMN (of tiles), FIRST row in units of 8 (so that the compiler sees what it is a
-      multiple of), LOW and HIGH row; and `[1]`, how many columns of it are tiles.
+      int32 `[6, bound]`, the fields of `RowTile`, and `[1]`, how many columns of it are tiles.
     """
     sizes = group_sizes.astype(jnp.int32)
     sizes = jnp.concatenate([sizes, (rows - jnp.sum(sizes, dtype=jnp.int32))[None]])
     ends = _running_sum(sizes)
     low = ends - sizes
     first = low // ALIGNMENT
-    m_tiles = jnp.where(sizes > 0, -(-(ends - first * ALIGNMENT) // config.block_m), 0)
-    tile_ends = _running_sum(m_tiles * n_tiles)
-    bound = tile_bound(rows, group_sizes.shape[0], config.block_m) * n_tiles
-    index = jnp.arange(bound, dtype=jnp.int32)
-    expert = jnp.sum(index[:, None] >= tile_ends[None, :], axis=1, dtype=jnp.int32)
+    counts = jnp.where(sizes > 0, -(-(ends - first * ALIGNMENT) // config.block_m), 0)
+    slot_ends = _running_sum(counts)
+    slot = jnp.arange(tile_bound(rows, group_sizes.shape[0], config.block_m), dtype=jnp.int32)
+    expert = jnp.sum(slot[:, None] >= slot_ends[None, :], axis=1, dtype=jnp.int32)
     expert = jnp.minimum(expert, sizes.shape[0] - 1)
-    inside = index - (tile_ends - m_tiles * n_tiles)[expert]
-    strip = inside // (config.strip * n_tiles)
-    inside = inside - strip * (config.strip * n_tiles)
-    width = jnp.clip(m_tiles[expert] - strip * config.strip, 1, config.strip)
-    m_tile = strip * config.strip + inside % width
-    tiles = jnp.stack(
-        [expert, inside // width, first[expert] + m_tile * (config.block_m // ALIGNMENT), low[expert], ends[expert]]
+    inside = slot - (slot_ends - counts)[expert]
+    strip = inside // config.strip * config.strip
+    tiles = RowTile(
+        expert=expert,
+        first=first[expert] + inside * (config.block_m // ALIGNMENT),
+        low=low[expert],
+        high=ends[expert],
+        head=slot - inside + strip,
+        width=jnp.minimum(counts[expert] - strip, config.strip),
     )
-    return tiles, tile_ends[-1:]
+    return jnp.stack(tiles), slot_ends[-1:]
+
+
+def find_tile(tiles, index: jax.Array, n_tiles: int) -> tuple[RowTile, jax.Array]:
+    """Row tile and column of outputs of a linear index: under a column, all tiles of a strip come before the next.
+
+    Args:
+      tiles: the map, in global memory.
+      index: below the number of row tiles times `n_tiles`.
+      n_tiles: tiles along the outputs.
+    """
+    at = RowTile(*(tiles.at[field] for field in range(tiles.shape[0])))
+    slot = lax.div(index, jnp.int32(n_tiles))
+    head, width = at.head[slot], at.width[slot]
+    inside = index - head * n_tiles
+    column = lax.div(inside, width)
+    slot = head + inside - column * width
+    return RowTile(*(field[slot] for field in at)), column
 
 
 def _running_sum(values: jax.Array) -> jax.Array:

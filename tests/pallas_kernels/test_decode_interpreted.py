@@ -17,14 +17,14 @@ from pallas_kernels.decode_attention.reference import decode_attention_reference
 kernel = importlib.import_module("pallas_kernels.decode_attention.mosaic_gpu")
 
 
-def channels_in_order(x):
-    """Row 16 j + 8 h + 2 c + e of the result is row H / 4 * c + 4 j + 2 h + e of x [H, C]."""
-    head_dim, columns = x.shape
-    return x.reshape(4, head_dim // 16, 2, 2, columns).transpose(1, 2, 0, 3, 4).reshape(x.shape)
+def channels_in_order(x, bits):
+    """Row 16 j + 8 h + 2 c + e of the result is number 4 j + 2 h + e of the runs of rows of x [H, C] that c takes."""
+    run = operand.key_run(x.shape[0], bits)
+    return x.reshape(-1, 4, run // 4, 2, 2, x.shape[1]).transpose(0, 2, 3, 1, 4, 5).reshape(x.shape)
 
 
 def keys_operand(codes, scale, offset, *, bits, first, depth):
-    keys = channels_in_order(in_row_order(_floats(codes, scale, offset, bits, unpack_keys)).T).T
+    keys = channels_in_order(in_row_order(_floats(codes, scale, offset, bits, unpack_keys)).T, bits).T
     return keys[:, first : first + depth]
 
 
@@ -42,7 +42,7 @@ def _floats(codes, scale, offset, bits, unpack):
 def interpreted(monkeypatch, complete_interpreter):
     monkeypatch.setattr(operand, "keys_operand", keys_operand)
     monkeypatch.setattr(operand, "values_operand", values_operand)
-    monkeypatch.setattr(operand, "channel_order", lambda rows: channels_in_order(rows[...].T))
+    monkeypatch.setattr(operand, "channel_order", lambda rows, bits: channels_in_order(rows[...].T, bits))
     monkeypatch.setattr(operand, "token_order", lambda x: in_row_order(x[...][:, None])[:, 0])
 
     def run(q, lengths, cache, config):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 
 from pallas_kernels.grouped_matmul import Config, default_config, grouped_matmul, interleave, separate, supports
 from pallas_kernels.grouped_matmul.config import tile_bound
-from pallas_kernels.grouped_matmul.tiles import tile_map
+from pallas_kernels.grouped_matmul.tiles import RowTile, find_tile, tile_map
 from pallas_kernels.int4_matmul import int4_matmul, pack, unpack
 from pallas_kernels.int8_matmul import pack as pack_8_bit
 
@@ -167,17 +169,31 @@ def test_tile_bound_is_never_exceeded(rng):
 
 
 def test_tiles_cover_every_row_of_its_expert_once(rng):
+    @functools.partial(jax.jit, static_argnums=(1, 2, 3))
+    def all_tiles(sizes, rows, n_tiles, config):
+        tiles, count = tile_map(sizes, rows, config)
+        found, column = jax.vmap(lambda i: find_tile(Columns(tiles), i, n_tiles))(jnp.arange(tiles.shape[1] * n_tiles))
+        return found, column, count[0] * n_tiles
+
     for _ in range(4):
         experts, n_tiles = int(rng.integers(1, 12)), int(rng.integers(1, 4))
         config = Config(block_m=int(rng.choice([16, 64])), block_k=128, num_stages=2, num_warpgroups=1, strip=2)
         sizes = rng.integers(0, rng.choice([2, 10, 300]), experts)
         rows = int(sizes.sum() + rng.integers(0, 40))
-        tiles, count = jax.jit(tile_map, static_argnums=(1, 2, 3))(jnp.asarray(sizes), rows, n_tiles, config)
+        found, columns, count = all_tiles(jnp.asarray(sizes), rows, n_tiles, config)
         owners = np.repeat(np.arange(experts + 1), [*sizes, rows - sizes.sum()])
         seen = np.zeros((rows, n_tiles), int)
-        for expert, column, first, low, high in np.asarray(tiles).T[: int(count[0])]:
-            inside = np.arange(max(8 * first, low), min(8 * first + config.block_m, high))
+        for i in range(int(count)):
+            tile = RowTile(*(int(field[i]) for field in found))
+            inside = np.arange(max(8 * tile.first, tile.low), min(8 * tile.first + config.block_m, tile.high))
             assert len(inside)
-            assert (owners[inside] == expert).all()
-            seen[inside, column] += 1
+            assert (owners[inside] == tile.expert).all()
+            seen[inside, int(columns[i])] += 1
         assert (seen == 1).all()
+
+
+class Columns:
+    """A map as the kernel sees it: a reference whose fields are references."""
+
+    def __init__(self, tiles):
+        self.at, self.shape = tiles, tiles.shape
