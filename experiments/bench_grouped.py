@@ -97,11 +97,11 @@ def candidates(layer: str, m: int, form: str) -> list[dict | None]:
     ladder = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256)
     place = ladder.index(usual.block_m)
     cuts = [usual]
-    for block_m in ladder[max(0, place - 1) : place + 2]:
+    for block_m in ladder[max(0, place - 1) : place + 2] if usual.block_m < 128 else ladder[6:]:
         for count, block_k, after, row_tiles in itertools.product(
-            (2, 4), (128, 256, 512), (False, True), (1,) if weight_dtype == jnp.int32 else (1, 2)
+            (2, 3, 4), (128, 256, 512), (False, True), (1,) if weight_dtype == jnp.int32 else (1, 2)
         ):
-            if (after and block_m > 64 and x_dtype == jnp.bfloat16) or (count == 4 and block_m * (1 + after) > 80):
+            if (after and block_m > 64 and x_dtype == jnp.bfloat16) or (count > 2 and block_m * (1 + after) > 96):
                 continue
             cut = dataclasses.replace(
                 usual, block_m=block_m, num_warpgroups=count, block_k=block_k, scale_after=after, row_tiles=row_tiles
