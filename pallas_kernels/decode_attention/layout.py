@@ -4,7 +4,8 @@ Keys have a scale and an offset for each channel and 32 tokens, values for each 
 of a group are the rows of two warps, of which lane 4r + c holds rows r and r + 8: a byte joins the rows that one
 thread holds (4 bits) or that two warps hold at the same place (2 bits). The channels of values are those rows in order.
 The tokens of keys are in the order in which a thread that reads 8 tokens of values side by side multiplies them, so
-that no weight changes its place between the two products.
+that no weight changes its place between the two products. The bytes of a group of keys are then sorted by the thread
+that reads them, 16 bytes of 64 channels at a time, so that a warp reads shared memory without bank conflicts.
 """
 
 import jax
@@ -22,12 +23,21 @@ def in_row_order(x: jax.Array) -> jax.Array:
 
 def pack_keys(codes: jax.Array, bits: int) -> jax.Array:
     """Packs uint8 codes [..., S, H] of keys, S a multiple of 32, to bytes [..., S * bits / 8, H]."""
-    return _pack(_groups(in_row_order(codes)), bits)
+    packed = _pack(_groups(in_row_order(codes)), bits)
+    span, rows = _span(codes.shape[-1]), GROUP * bits // 8
+    shape = packed.shape[-2] // rows, rows // _LANE_ROWS, _LANE_ROWS, codes.shape[-1] // span, span // 32, 4, 2, 2, 2
+    by_row = packed.reshape(*packed.shape[:-2], *shape)  # ..., group, w, r, span, half, c, step, h, e
+    by_lane = jnp.moveaxis(by_row, (-6, -4, -2), (-8, -5, -1))  # ..., group, span, w, r, c, half, step, e, h
+    return by_lane.reshape(packed.shape)
 
 
 def unpack_keys(packed: jax.Array, bits: int) -> jax.Array:
     """Undoes `pack_keys`."""
-    rows = _unpack(packed, bits)
+    span, rows = _span(packed.shape[-1]), GROUP * bits // 8
+    shape = packed.shape[-2] // rows, packed.shape[-1] // span, rows // _LANE_ROWS, _LANE_ROWS, 4, span // 32, 2, 2, 2
+    by_lane = packed.reshape(*packed.shape[:-2], *shape)
+    by_row = jnp.moveaxis(by_lane, (-8, -5, -1), (-6, -4, -2))
+    rows = _unpack(by_row.reshape(packed.shape), bits)
     split = rows.reshape(*rows.shape[:-2], 2, 2, 4, 2, rows.shape[-1])
     return jnp.moveaxis(split, -3, -5).reshape(*packed.shape[:-2], -1, packed.shape[-1])
 
@@ -47,6 +57,11 @@ def ring_slot(token: jax.Array, window: int) -> jax.Array:
     bits = lambda first, count: (token >> first) & (2**count - 1)  # noqa: E731
     row = bits(0, 1) | bits(3, 2) << 1 | bits(1, 1) << 3 | bits(2, 1) << 4
     return token % window // GROUP * GROUP + row
+
+
+def _span(head_dim: int) -> int:
+    """Channels of which a thread reads a quarter at a time."""
+    return 64 if head_dim % 64 == 0 else 32
 
 
 def _groups(x: jax.Array) -> jax.Array:

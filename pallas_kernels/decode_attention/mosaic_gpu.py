@@ -243,7 +243,7 @@ def _spread_queries(plan: _Plan, smem: dict):
     """Brings the queries in the keys' order and format. Columns past the heads hold anything: none is read."""
     rows = smem["rows"]
     if plan.coded:
-        smem["q"].T[...] = operand.channel_order(rows).astype(smem["q"].dtype)
+        smem["q"].T[...] = operand.channel_order(rows, bits=plan.bits).astype(smem["q"].dtype)
     if plan.grouped or not plan.coded:
         natural = smem["recent_q" if plan.grouped else "q"]
         natural.T[...] = plgpu.load(rows.T, layout=TILE, optimized=False).astype(natural.dtype)

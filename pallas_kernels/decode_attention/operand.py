@@ -4,7 +4,8 @@ In wgmma's first operand, lane 4r + c of warp w holds rows 16w + r and 16w + r +
 columns, the columns 2c, 2c + 1, 2c + 8 and 2c + 9. The columns of a product may come in any order that both operands
 share, so a lane takes for its four columns four bytes that lie side by side, and for several products a run of bytes:
 
-- keys: a quarter of the channels (`channel_order` brings the query's channels in the same order);
+- keys of 8 bits: a quarter of the channels, packed keys: 8 of every 32 (`channel_order` brings the query's channels in
+  the same order);
 - values: 8 of every 32 tokens. The weights of those tokens must then be in this order too, so the rows of keys are:
   row 16w + 8h + 2c + e of 32 is token 8c + 4w + 2h + e, by address here, or as `layout` packs them.
 """
@@ -24,7 +25,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 TILE = plgpu.Layout.WGMMA
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 DTYPE = jnp.dtype(jnp.float16)  # holds every code of 8 bits exactly, and a code of 4 bits as bits of its mantissa
-VALUE_RUN = 8  # tokens that a lane reads side by side
+RUN = 8  # elements of packed keys, and tokens of values, that a lane takes side by side
 GROUP = 32
 
 _INT8 = (  # a code with its sign bit turned is code + 128; under the exponent of 1024 it reads as 1152 + code
@@ -48,8 +49,8 @@ def keys_operand(codes, scale, offset, *, bits: int, first: int, depth: int) -> 
     """
     head_dim = codes.shape[1]
     rows = codes.shape[0] * (8 // bits)
-    source = _Source(bits, (rows, depth), first, run=head_dim // 4, row_of_half=_token_row)
-    return _operand(source, codes, scale, offset)
+    source = _Source(bits, (rows, depth), first, key_run(head_dim, bits), row_of_half=_token_row)
+    return _operand(source, codes, scale, offset, by_lane=True)
 
 
 def values_operand(codes, scale, offset, *, bits: int, first: int, depth: int) -> jax.Array:
@@ -64,13 +65,19 @@ def values_operand(codes, scale, offset, *, bits: int, first: int, depth: int) -
         depth: how many of them.
     """
     shape = (codes.shape[0] * (8 // bits), depth)
-    source = _Source(bits, shape, first, run=VALUE_RUN, row_of_half=_natural_row)
-    return _operand(source, codes, scale, offset)
+    source = _Source(bits, shape, first, RUN, row_of_half=_natural_row)
+    return _operand(source, codes, scale, offset, by_lane=False)
 
 
-def channel_order(rows) -> jax.Array:
+def key_run(head_dim: int, bits: int) -> int:
+    """Channels that a lane takes side by side: column 16 j + 8 h + 2 c + e is number 4 j + 2 h + e of lane c's."""
+    return head_dim // 4 if bits == 8 else RUN
+
+
+def channel_order(rows, *, bits: int) -> jax.Array:
     """Queries [N, H] in shared memory as [H, N], channels in the order of `keys_operand`'s columns."""
     columns, head_dim = rows.shape
+    run = key_run(head_dim, bits)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
@@ -83,9 +90,9 @@ def channel_order(rows) -> jax.Array:
         for block, column, half in np.ndindex(*registers.shape):
             # Row 16 step + 8 half + 2c + e of the result, with step = 4 block + warp and 2c + e = row.
             quarter, last = lane.divide(lane.row, 2)
-            channel = lane.sum(
-                lane.times(quarter, head_dim // 4), lane.times(lane.warp, 4), last, constant=16 * block + 2 * half
-            )
+            number = lane.sum(lane.times(lane.warp, 4), last, constant=16 * block + 2 * half)
+            runs, inside = lane.divide(number, run)
+            channel = lane.sum(lane.times(runs, 4 * run), lane.times(quarter, run), inside)
             pair = [
                 _load(rows, (lane.sum(lane.times(lane.quad, 2), constant=8 * column + i), channel), 1) for i in range(2)
             ]
@@ -190,7 +197,7 @@ class _Source:
         return words
 
 
-def _operand(source: _Source, codes, scale, offset) -> jax.Array:
+def _operand(source: _Source, codes, scale, offset, *, by_lane: bool) -> jax.Array:
     grids = [] if scale is None else [scale, offset]
 
     @plgpu.inline_mgpu(
@@ -200,8 +207,10 @@ def _operand(source: _Source, codes, scale, offset) -> jax.Array:
     def emit(_, codes, *grids) -> Any:
         lane, registers = _Lane(), []
         for block in range(source.shape[0] // 64):
-            unpack = _unpack_groups if grids else _unpack_bytes
-            registers += unpack(source, lane, block, codes, *grids)
+            if grids:
+                registers += _unpack_groups(source, lane, block, by_lane, codes, *grids)
+            else:
+                registers += _unpack_bytes(source, lane, block, codes)
         layout = TILE.to_mgpu()
         pair = ir.VectorType.get((2,), ir.F16Type.get())
         registers = np.array([mgpu.utils.bitcast(r, pair) for r in registers], dtype=object)
@@ -227,17 +236,21 @@ def _unpack_bytes(source: _Source, lane: _Lane, block: int, codes) -> list:
     return registers
 
 
-def _unpack_groups(source: _Source, lane: _Lane, block: int, codes, scale, offset) -> list:
+def _unpack_groups(source: _Source, lane: _Lane, block: int, by_lane: bool, codes, scale, offset) -> list:
     """The registers of 64 rows of packed codes: one shift, one mask and one multiply-add for two of them."""
     group, warp = lane.divide(lane.warp, 2)
     group = lane.sum(group, constant=2 * block)
-    row = lane.sum(lane.times(group, GROUP * source.bits // 8), lane.row)
-    if source.bits == 4:
-        row = lane.sum(row, lane.times(warp, 8))
+    row = lane.times(group, GROUP * source.bits // 8)
+    place = lane.sum(lane.row, lane.times(warp, 8)) if source.bits == 4 else lane.row  # of 2 bits, both warps' rows
+    if by_lane:
+        words = _words_by_lane(source, codes, row, place, lane)
+    else:
+        words = source.words(codes, lane.sum(row, place), lane)
     scales, offsets = (source.words(x, group, lane, itemsize=2) for x in (scale, offset))
     registers = []
-    for step, word in enumerate(source.words(codes, row, lane)):
-        word = _asm("prmt.b32 $0, $1, $1, 0x3120;", word)  # the two columns of a register in the halves of a word
+    for step, word in enumerate(words):
+        if not by_lane:  # the two columns of a register in the halves of a word, where packed keys have them
+            word = _asm("prmt.b32 $0, $1, $1, 0x3120;", word)
         if source.bits == 2:
             word = arith.shrui(word, lane.times(warp, 4))
         for pair in range(2):
@@ -247,6 +260,19 @@ def _unpack_groups(source: _Source, lane: _Lane, block: int, codes, scale, offse
                     _multiply_add(word, shift, source.bits, scales[2 * step + pair], offsets[2 * step + pair])
                 )
     return registers
+
+
+def _words_by_lane(source: _Source, codes, row, place, lane: _Lane) -> list:
+    """The thread's words of the packed keys of a group that begins at a row, as `layout.pack_keys` sorts them."""
+    head_dim = ir.MemRefType(codes.type).shape[1]
+    count, (span, inside) = min(source.shape[1] // 4, 16), divmod(source.first // 4, 16)
+    words = []
+    for _ in range(0, source.shape[1] // 4, count):
+        byte = lane.sum(lane.times(place, 64), lane.times(lane.quad, 16), constant=64 * GROUP * source.bits // 8 * span)
+        down, column = lane.divide(lane.sum(byte, constant=inside), head_dim)
+        words += _words(_load(codes, (lane.sum(row, down), column), count))
+        span += 1
+    return words
 
 
 def _multiply_add(word, shift: int, bits: int, scale, offset):
