@@ -9,11 +9,12 @@ from jax.extend import core
 
 from jaxquant import _ops, _packed, _views
 from jaxquant._interpreter import Frame, Interpreter, Value, result_of
+from jaxquant._norms import rms_norm_of
 from jaxquant._outliers import view_weight
 from jaxquant._qarray import QArray
 from jaxquant._siblings import in_steps
 from jaxquant._views import Unrepresentable
-from jaxquant._weight_rules import RULES, sibling_operands
+from jaxquant._weight_rules import RULES, kernel_product
 from jaxquant._weights import Shifted, Weight, cut_shards, dense
 
 OnDense = Literal["record", "error"]
@@ -61,14 +62,16 @@ class Execution(Interpreter):
     def apply_step(self, frame: Frame, eqns: Sequence[core.JaxprEqn]) -> list[Sequence[Value]]:
         """Multiplies siblings in one launch where their weights are packed for it; the rules find the products."""
         siblings: dict[int, tuple[Value, list]] = {}
-        for eqn in eqns if len(eqns) > 1 else ():
-            operands = sibling_operands(self, eqn, [frame.read(atom) for atom in eqn.invars])
-            if operands is not None:
-                x, *weight = operands
-                siblings.setdefault(id(x), (x, []))[1].append(tuple(weight))
-        for x, weights in siblings.values():
-            if len(weights) > 1:
-                _ops.multiply_siblings(x, weights, frame.region.shared)
+        for eqn in eqns:
+            found = kernel_product(self, frame, eqn)
+            if found is not None:
+                atom, product = found
+                x = frame.read(atom)
+                siblings.setdefault(id(x), (x, []))[1].append(product)
+                frame.region.shared["norm", id(x)] = x, rms_norm_of(frame, atom)
+        for x, products in siblings.values():
+            if len(products) > 1:
+                _ops.multiply_siblings(x, products, frame.region.shared)
         return super().apply_step(frame, eqns)
 
     def apply(self, frame: Frame, eqn: core.JaxprEqn, values: list[Value]) -> Sequence[Value]:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import _packed, _views
-from jaxquant._activation import Dims
+from jaxquant._activation import Dims, padding
+from jaxquant._norms import Norm
 from jaxquant._numerics import expand_grid
 from jaxquant._outlier_products import outlier_product, outlier_refusal, ragged_outliers, split_outliers
 from jaxquant._outliers import OutlierArray, dequantize_weight, view_weight
@@ -225,9 +226,24 @@ def _rows(x: jax.Array, q: QArray, dims: Dims, shared: dict) -> _Rows:
     elif grid is None:
         shared[key] = _Rows(ready, _packed.to_rows(ready, q, dims))
     else:
-        rows = _packed.to_rows(ready, q, dims)
-        shared[key] = _Rows(ready, *activation_quant(rows, **grid))
+        _, norm = shared.get(("norm", id(x)), (x, None))
+        shared[key] = _Rows(ready, *_rounded_by_kernel(x, ready, norm, q, dims, grid))
     return shared[key]
+
+
+def _rounded_by_kernel(
+    x: jax.Array, ready: jax.Array, norm: Norm | None, q: QArray, dims: Dims, grid: dict
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of an activation; factors of the last dimension and the RMSNorm before them in the same pass."""
+    by_last = (dims.x_contract, q.perm, padding(q, dims)[1]) == ((x.ndim - 1,), None, 0)
+    factors = q.pre_scale
+    if not by_last or (factors is not None and factors.size != x.shape[-1]):
+        return activation_quant(_packed.to_rows(ready, q, dims), **grid)
+    factors = None if factors is None else factors.reshape(-1)
+    if norm is None:
+        return activation_quant(_packed.to_rows(x, q, dims), pre_scale=factors, **grid)
+    source = _packed.to_rows(norm.source, q, dims)
+    return activation_quant(source, pre_scale=factors, norm_weight=norm.weight, epsilon=norm.epsilon, **grid)
 
 
 def _rounded_by_xla(ready: jax.Array, codes: QArray, q: QArray, dims: Dims) -> _Rows:

@@ -41,21 +41,24 @@ def _product(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) -
     return [(result.astype(jnp.float32) + _delta_product(weight, x, numbers, first)).astype(dtype)]
 
 
-def sibling_operands(
-    run: "Execution", eqn: core.JaxprEqn, values: list
-) -> tuple[Value, QArray, Dims, jnp.dtype] | None:
-    """(x, weight, how they meet, dtype of the result) of a product by a kernel, else None."""
+def kernel_product(
+    run: "Execution", frame: Frame, eqn: core.JaxprEqn
+) -> tuple[core.Var | core.Literal, tuple[QArray, Dims, jnp.dtype]] | None:
+    """(x, (weight, how they meet, dtype of the result)) of a product that a kernel multiplies, else None."""
+    if eqn.primitive.name != "dot_general":
+        return None
+    values = [frame.read(atom) for atom in eqn.invars]
     if sum(map(run.is_special, values)) != 1:
         return None
     first = run.is_special(values[0])
     weight, x = values if first else values[::-1]
     q = weight.weight.array if isinstance(weight, Shifted) else weight.array
-    numbers = eqn.params["dimension_numbers"]
+    numbers, dtype = eqn.params["dimension_numbers"], result_of(eqn).dtype
     if not isinstance(q, QArray) or _ops.why_dense(q, first, numbers) is not None:
         return None
-    dtype = result_of(eqn).dtype
-    name, _ = _ops.implementation(q, first, numbers, x.dtype, dtype)
-    return None if name == "xla" else (x, q, _ops.pairing(first, numbers), dtype)
+    if _ops.implementation(q, first, numbers, x.dtype, dtype)[0] == "xla":
+        return None
+    return eqn.invars[1 if first else 0], (q, _ops.pairing(first, numbers), dtype)
 
 
 def _delta_product(value: Shifted, x: jax.Array, numbers: Any, weight_first: bool) -> jax.Array:
