@@ -89,10 +89,10 @@ def items(arguments) -> list[dict]:
 
 def candidates(layer: str, m: int, form: str) -> list[dict | None]:
     """The default configuration and its neighbours that the kernel takes."""
-    experts, k, _, top = LAYERS[layer]
+    experts, k, n, top = LAYERS[layer]
     weight_dtype, x_dtype, _ = FORMATS[form]
     groups = k // GROUP if weight_dtype == jnp.int32 else 1
-    usual = default_config(m * top, experts, k, groups, x_dtype, weight_dtype)
+    usual = default_config(m * top, experts, k, n, groups, x_dtype, weight_dtype)
     takes = functools.partial(supports, k, groups, x_dtype, weight_dtype)
     ladder = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256)
     place = ladder.index(usual.block_m)
@@ -131,7 +131,7 @@ def measure(item: dict) -> dict:
     result = {"hit": hit, "floor": max(moved / READ[jax.devices()[0].device_kind], 2 * rows * k * n / flop) * 1e6}
     if item.get("ragged_dot"):
         return result | _time_ragged_dot(routings[0], k, n)
-    usual = default_config(rows, experts, k, groups, x_dtype, weight_dtype)
+    usual = default_config(rows, experts, k, n, groups, x_dtype, weight_dtype)
     config = Config(**item["config"]) if item.get("config") else usual
     product = functools.partial(grouped_matmul, implementation="mosaic_gpu", config=config, activation=activation)
     copies = -(-int(240e6) // (experts * k * n // 2))

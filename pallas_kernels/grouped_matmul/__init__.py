@@ -218,15 +218,9 @@ def _dispatch(call: _Call, *operands):
 
 
 def _mosaic_gpu(call: _Call, x, qweight, scale, zero_point, group_sizes, x_scale, row_scale):
+    (experts, groups, n), has_zero_point = scale.shape, zero_point is not None
     config = call.config or default_config(
-        x.shape[0],
-        scale.shape[0],
-        x.shape[1],
-        scale.shape[1],
-        x.dtype,
-        qweight.dtype,
-        zero_point is not None,
-        scale.dtype,
+        x.shape[0], experts, x.shape[1], n, groups, x.dtype, qweight.dtype, has_zero_point, scale.dtype
     )
     return grouped_matmul_mosaic_gpu(
         x, qweight, scale, zero_point, group_sizes, x_scale, row_scale,

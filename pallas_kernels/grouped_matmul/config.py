@@ -155,22 +155,36 @@ def _expected_cost(mean: float, block_m: int) -> float:
     )
 
 
+def _warpgroups(tiles: int, k: int, n: int) -> int:
+    """Warpgroups that share the weights of few rows: more for fewer stages to wait for, fewer for even waves."""
+
+    def microseconds(count):
+        # As of the dense kernel: 32 kB from memory and 35 thousand codes a warpgroup in a microsecond, 1.8 a tile.
+        codes = TILE * count * k
+        waves = math.ceil(tiles * math.ceil(n / (TILE * count)) / HOPPER_SMS)
+        return waves * (max(codes / 2 / 32e3, codes / 71e3 / min(1, count / 2)) + 1.8)
+
+    return min((4, 2, 1), key=microseconds)
+
+
 def default_config(
     rows: int,
     num_experts: int,
     k: int,
+    n: int,
     num_groups: int,
     x_dtype=jnp.bfloat16,
     weight_dtype=jnp.int32,
     has_zero_point: bool = False,
     scale_dtype=jnp.bfloat16,
 ) -> Config:
-    """The configuration to run a problem with, chosen by the rows that an expert gets when all get their share.
+    """The configuration to run a problem with, chosen for experts that all get their share of the rows.
 
     Raises:
       NotImplementedError: if no configuration takes the problem.
     """
-    mean = rows / min(rows, num_experts)
+    hit = min(rows, num_experts)
+    mean = rows / hit
     block_m = min((*range(16, BLOCK + 1, 16), 2 * BLOCK), key=functools.partial(_expected_cost, mean))
     int4, codes = jnp.dtype(weight_dtype) == jnp.int32, jnp.dtype(x_dtype).itemsize == 1
     few = block_m <= TILE
@@ -180,7 +194,7 @@ def default_config(
             block_m=size,
             block_k=block_k,
             num_stages=stages,
-            num_warpgroups=4 if size <= 32 else 2,
+            num_warpgroups=_warpgroups(hit, k, n) if size <= 32 else 2,
             scale_after=int4 and (few or codes),
             row_tiles=1 if int4 or size <= 32 or size > BLOCK else 2,
         )

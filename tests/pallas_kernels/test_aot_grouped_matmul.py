@@ -23,7 +23,7 @@ def compiled(tokens, layer, *, group=128, x=jnp.bfloat16, weight=jnp.int32, zero
         "x_scale": shape((rows, 1), jnp.float32) if x.itemsize == 1 else None,
         "row_scale": shape((rows,), jnp.float32) if options.pop("row_scale", False) else None,
     }
-    config = config or default_config(rows, experts, k, groups, x, weight, zero)
+    config = config or default_config(rows, experts, k, n, groups, x, weight, zero)
     operands = (shape((rows, k), x), shape(packed, weight), scale, scale if zero else None)
 
     def fn(x, qweight, scale, zero_point, sizes, vectors):

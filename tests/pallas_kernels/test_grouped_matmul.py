@@ -154,7 +154,7 @@ def test_misfits_are_named(rng, change, error, message):
 @pytest.mark.parametrize("experts", [1, 8, 128])
 @pytest.mark.parametrize(("k", "groups", "zero"), [(4096, 32, False), (2048, 1, True), (7168, 224, True)])
 def test_default_config_is_supported(rows, experts, k, groups, zero):
-    config = default_config(rows, experts, k, groups, has_zero_point=zero)
+    config = default_config(rows, experts, k, 1024, groups, has_zero_point=zero)
     assert supports(k, groups, jnp.bfloat16, jnp.int32, config=config, has_zero_point=zero) is None
 
 
