@@ -16,6 +16,7 @@ STATISTIC_ROWS = 64  # the maxima and sums travel as a tile of equal rows
 MULTIPROCESSORS = 132
 HEAD_DIMS = (64, 128)
 LARGEST_GROUP = 64
+LARGEST_SPLIT = 8  # blocks of a cluster
 BLOCKS = 4  # resident on a multiprocessor, by registers
 ENOUGH_BLOCKS = 3  # hide the latency of one another's products and softmax
 
@@ -39,14 +40,14 @@ class Config:
             raise ValueError(f"block must be 64 or 128, got {self.block}")
         if self.stages < 1:
             raise ValueError(f"stages must be positive, got {self.stages}")
-        if self.split not in (1, 2, 4, 8):
-            raise ValueError(f"split must be 1, 2, 4 or 8, got {self.split}")
+        if not 1 <= self.split <= LARGEST_SPLIT:
+            raise ValueError(f"split must be from 1 to {LARGEST_SPLIT}, got {self.split}")
 
 
 def default_config(q: jax.Array, cache: Cache) -> Config:
     """The configuration used when the caller names none: full waves of blocks, some at a time on a multiprocessor."""
     pairs = q.shape[0] * cache.k.shape[1]
-    candidates = [Config(64, stages, split) for stages in (2, 3, 4, 6) for split in (1, 2, 4, 8)]
+    candidates = [Config(64, stages, split) for stages in (2, 3, 4, 6) for split in range(1, LARGEST_SPLIT + 1)]
     fitting = [
         c for c in candidates if shared_memory(q, cache, c) <= SHARED_MEMORY_BYTES and c.split * 128 <= cache.capacity
     ]

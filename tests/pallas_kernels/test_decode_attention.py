@@ -114,4 +114,4 @@ def test_refusals_say_why():
     cache = Cache(k, k.swapaxes(2, 3))
     assert "bfloat16 or float16" in supports(q.astype(jnp.float32), cache, Config())
     with pytest.raises(ValueError, match="split must be"):
-        Config(split=3)
+        Config(split=9)
