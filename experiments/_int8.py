@@ -101,19 +101,19 @@ def _relative_error(out, x, weight, x_scale, w_scale, zero, bias):
     return jnp.linalg.norm(out.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
 
 
-def prepare(data: dict, config=None, out_dtype: str = "bfloat16"):
-    """Compile the check of the kernel on the first weight; the result runs it.
+def prepare(data: dict, config=None, out_dtype: str = "bfloat16", implementation="mosaic_gpu", compiler_options=None):
+    """Compile the check of the kernel (or of XLA's program) on the first weight; the result runs it.
 
     It runs the kernel twice, over poisoned memory: its error, and whether both runs agree to the bit.
     """
     (weight, w_scale), x = data["weights"][0], data["x"]
-    options = {"out_dtype": out_dtype, "implementation": "mosaic_gpu", "config": config}
+    options = {"out_dtype": out_dtype, "implementation": implementation, "config": config}
 
     def product(x, weight, x_scale, w_scale, zero, bias):
         return int8_matmul(x, weight, w_scale, x_scale, x_zero_point=zero, bias=bias, **options)
 
     operands = (x, weight, data["x_scale"], w_scale, data["x_zero_point"], data["bias"])
-    run = jax.jit(product).lower(*operands).compile()
+    run = jax.jit(product).lower(*operands).compile(compiler_options=compiler_options)
     out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), out_dtype)
     relative_error = _relative_error.lower(out, *operands).compile()
 

@@ -1,9 +1,10 @@
 """How fast the 8-bit products are against what else the same card can run, each verified before it is timed.
 
-    python -m experiments.bench_int8 [--shapes ...] [--m ...] [--only verify peaks time torch quant sweep] [--time-limit
-    230]
+    python -m experiments.bench_int8 [--shapes ...] [--m ...] [--only verify peaks time xla torch quant sweep]
+    [--time-limit 230]
 
-Microseconds a call: `kernel`, all that the op launches, by CUPTI; torch's by CUDA graph replay (`graph`) and, where
+Microseconds a call: `kernel`, all that the op launches, by CUPTI; `xla`, what implementation="xla" launches, its
+products by cuBLASLt, which is autotuned; torch's by CUDA graph replay (`graph`) and, where
 gaps between kernels count, by its profiler (`kernel`). Weights are rotated past the L2 cache.
 """
 
@@ -17,7 +18,7 @@ import time
 from pallas_kernels.activation_quant.cases import SHAPES as QUANT_SHAPES
 from pallas_kernels.int8_matmul.cases import BLOCK_SHAPES, SHAPES
 
-STEPS = ("verify", "peaks", "time", "torch", "quant", "sweep")
+STEPS = ("verify", "peaks", "time", "xla", "torch", "quant", "sweep")
 DTYPES = ("float8_e4m3fn", "int8")
 SWEPT = 12  # configurations of a problem that a sweep times
 
@@ -156,6 +157,7 @@ def measure(item: dict) -> dict:
     steps = {
         "verify": _verify,
         "time": _time,
+        "xla": _time_xla,
         "torch": _time_torch,
         "quant_verify": _verify_quant,
         "quant": _time_quant,
@@ -205,6 +207,27 @@ def _time(item: dict) -> dict:
         return checked | {
             "kernel_us": _clock.kernel_microseconds(compiled, args, calls=len(data["weights"]), iterations=7)
         }
+
+
+def _time_xla(item: dict) -> dict:
+    """XLA's program for one problem, compiled at the device, which autotuning keeps busy."""
+    import jax
+
+    from experiments import _clock, _int8, _workers
+    from pallas_kernels.int8_matmul import int8_matmul
+
+    data = _problem(item["shape"], item["m"], item["dtype"], item["form"])
+    cublas = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 4}
+    product = functools.partial(int8_matmul, implementation="xla")
+    program = jax.jit(lambda x, x_scale, weights: [product(x, *w, x_scale) for w in weights])
+    args = (data["x"], data["x_scale"], data["weights"])
+    with _workers.device_turn():
+        checked = _int8.prepare(data, implementation="xla", compiler_options=cublas)()
+        if not checked["ok"]:
+            return checked
+        compiled = program.lower(*args).compile(compiler_options=cublas)
+        calls = len(data["weights"])
+        return checked | {"xla_us": _clock.kernel_microseconds(compiled, args, calls=calls, iterations=7)}
 
 
 def _time_torch(item: dict) -> dict:
@@ -334,6 +357,7 @@ def main():
         "verify": verify_items(),
         "peaks": [{"what": "peaks"}],
         "time": time_items(options.shapes, options.m),
+        "xla": [item | {"what": "xla"} for item in time_items(options.shapes, options.m)],
         "torch": torch_items(options.shapes, options.m),
         "quant": quant_items(),
         "sweep": sweep_items(),
@@ -341,7 +365,7 @@ def main():
     deadline, results, asked = time.monotonic() + options.time_limit, [], 0
     # Within a phase workers choose items by what they have in memory. PyTorch's profiler keeps CUPTI to itself for the
     # rest of a process, so its measurements have processes of their own.
-    for phase in (("torch",), ("verify", "peaks", "time", "quant"), ("sweep",)):
+    for phase in (("torch",), ("verify", "peaks", "time", "xla", "quant"), ("sweep",)):
         items = [item for step in phase if step in options.only for item in steps[step]]
         asked += len(items)
         results += _workers.run(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.activation_quant import activation_quant
-from pallas_kernels.int8_matmul.config import Config, candidates, default_config, supports
+from pallas_kernels.int8_matmul.config import Config, candidates, default_config, supports, xla_is_faster
 from pallas_kernels.int8_matmul.layout import BLOCK, output_sums, pack, unpack
 from pallas_kernels.int8_matmul.mosaic_gpu import int8_matmul_mosaic_gpu
 from pallas_kernels.int8_matmul.reference import int8_matmul_reference, is_blocked
@@ -62,7 +62,7 @@ def int8_matmul(
         out_dtype: of the result; a float x's own by default, else bfloat16.
         implementation: "mosaic_gpu" (the Hopper kernel; never falls back), "xla", or None: the faster one on a CUDA
             device, as measured, and "xla" elsewhere; decided when the program is lowered for its platform.
-        config: the kernel's configuration; by default the cost model's choice.
+        config: the kernel's configuration; by default what was tuned for such a problem, else the cost model's choice.
 
     Returns:
         [..., N] in out_dtype.
@@ -163,7 +163,15 @@ def _resolve(call: _Call, x, weight, x_scale, w_scale, x_zero_point) -> _Call:
     reason = supports(weight.dtype, blocked=blocked, mixed=mixed, config=call.config, out_dtype=call.out_dtype)
     if call.implementation == "mosaic_gpu" and reason is not None:
         raise NotImplementedError(f"int8_matmul: {reason}")
-    return dataclasses.replace(call, implementation="xla") if reason is not None or x.shape[0] == 0 else call
+    slower = call.implementation is None and call.config is None and _slower(x, weight, blocked)
+    by_xla = reason is not None or x.shape[0] == 0 or slower
+    return dataclasses.replace(call, implementation="xla") if by_xla else call
+
+
+def _slower(x, weight, blocked: bool) -> bool:
+    """Whether the kernel was measured to be the slower choice."""
+    n, k = weight.shape
+    return xla_is_faster(x.shape[0], k, n, weight.dtype, blocked=blocked)
 
 
 def _forms(weight, x_scale, w_scale) -> tuple[bool, bool]:

@@ -203,11 +203,29 @@ def bucket(m: int) -> int:
     return min(4096, max(8, 1 << (m - 1).bit_length()))
 
 
+def xla_is_faster(m: int, k: int, n: int, x_dtype, *, blocked: bool = False) -> bool:
+    """Whether XLA's program was faster than the kernel on such a problem (`tuned.json`)."""
+    return (jnp.dtype(x_dtype).name, blocked, bucket(m), k, n) in _faster_by_xla()
+
+
+@functools.cache
+def _measured() -> dict:
+    """The tables of the one kind of device that was measured; they serve the other Hoppers too."""
+    return json.loads((pathlib.Path(__file__).parent / "tuned.json").read_text())["NVIDIA H200"]
+
+
 @functools.cache
 def _tuned() -> dict[tuple, Config]:
-    """The table of the one kind of device that was measured; it serves the other Hoppers too."""
-    rows = json.loads((pathlib.Path(__file__).parent / "tuned.json").read_text())["NVIDIA H200"]["entries"]
-    return {(row["dtype"], row["blocked"], row["m"], row["k"], row["n"]): Config(**row["config"]) for row in rows}
+    return {_key(row): Config(**row["config"]) for row in _measured()["entries"]}
+
+
+@functools.cache
+def _faster_by_xla() -> frozenset[tuple]:
+    return frozenset(map(_key, _measured()["xla_faster"]))
+
+
+def _key(row: dict) -> tuple:
+    return row["dtype"], row["blocked"], row["m"], row["k"], row["n"]
 
 
 def predicted_microseconds(config: Config, m: int, k: int, n: int) -> float:

@@ -44,3 +44,18 @@ def test_the_fastest_of_a_full_sweep_is_chosen():
     assert row["microseconds"] == 93.0
     assert Config(**row["config"]) == configs[-1]
     assert tuned_int8.fastest(results[:7]) == []
+
+
+def test_xla_is_listed_where_it_is_faster_than_the_kernel():
+    timed = {"shape": "llama3-8b/o", "dtype": "int8", "form": "token", "ok": True}
+    results = [
+        timed | {"what": "time", "m": 100, "kernel_us": 9.0},
+        timed | {"what": "xla", "m": 100, "xla_us": 8.0},
+        timed | {"what": "time", "m": 4096, "kernel_us": 90.0},
+        timed | {"what": "xla", "m": 4096, "xla_us": 95.0},
+        timed | {"what": "xla", "m": 1, "xla_us": 1.0},  # no time of the kernel
+        timed | {"what": "xla", "m": 4096, "xla_us": 1.0, "ok": False},  # wrong
+    ]
+    key = {"dtype": "int8", "blocked": False, "m": 128, "k": 4096, "n": 4096}
+    assert tuned_int8.faster_by_xla(results, []) == [key | {"xla": 8.0, "kernel": 9.0}]
+    assert tuned_int8.faster_by_xla(results, [key | {"microseconds": 7.0}]) == []

@@ -11,6 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.int8_matmul import (
     Config,
+    _Call,
+    _resolve,
     candidates,
     default_config,
     int8_matmul,
@@ -19,6 +21,7 @@ from pallas_kernels.int8_matmul import (
     supports,
     unpack,
 )
+from pallas_kernels.int8_matmul import config as table
 from pallas_kernels.int8_matmul.config import SHARED_MEMORY_BYTES, _tuned, bucket
 from pallas_kernels.int8_matmul.mosaic_gpu import _Plan, int8_matmul_mosaic_gpu
 
@@ -229,6 +232,16 @@ def test_the_table_holds_what_the_kernel_takes():
         assert supports(dtype, blocked=blocked, config=config) is None
         assert default_config(tokens, k, n, dtype, blocked=blocked) == config
         assert bucket(tokens) == tokens
+
+
+def test_xla_runs_what_it_was_measured_to_be_faster_on(monkeypatch):
+    x, weight, x_scale, w_scale = jnp.zeros((4, 256), jnp.int8), jnp.zeros((256, 256), jnp.int8), *jnp.ones((2, 1, 1))
+    runs = lambda *call: _resolve(_Call(*call, jnp.dtype("bfloat16")), x, weight, x_scale, w_scale, None)  # noqa: E731
+    assert runs(None, None).implementation is None
+    monkeypatch.setattr(table, "_faster_by_xla", lambda: {("int8", False, 8, 256, 256)})
+    assert runs(None, None).implementation == "xla"
+    assert runs("mosaic_gpu", None).implementation == "mosaic_gpu"
+    assert runs(None, default_config(4, 256, 256, "int8")).implementation is None
 
 
 def test_explicit_kernel_never_falls_back(rng):
