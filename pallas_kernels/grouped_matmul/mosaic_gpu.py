@@ -100,9 +100,9 @@ class _Plan:
         *narrow, wide = self.widths
         if not narrow:
             return visit(wide)
-        fits = tile.high - tile.first * ALIGNMENT <= narrow[0]
-        pl.when(fits)(lambda: visit(narrow[0]))
-        pl.when(jnp.logical_not(fits))(lambda: visit(wide))
+        held = tile.high - tile.first * ALIGNMENT
+        pl.when(held <= narrow[0])(lambda: visit(narrow[0]))
+        pl.when(held > narrow[0])(lambda: visit(wide))
 
     def scratch(self):
         """Shared memory and barriers, by name."""
