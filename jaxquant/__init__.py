@@ -1,6 +1,8 @@
 """Quantization for JAX: functional transforms of parameter pytrees, and models that run on the result unmodified."""
 
 from jaxquant._allocate_bits import allocate_bits as allocate_bits
+from jaxquant._attention_modes import AttentionModes as AttentionModes
+from jaxquant._attention_modes import choose_attention_modes as choose_attention_modes
 from jaxquant._calibrate import Calibration as Calibration
 from jaxquant._calibrate import calibrate as calibrate
 from jaxquant._fake_quantized import fake_quantized as fake_quantized

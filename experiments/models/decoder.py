@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -57,7 +58,7 @@ class Attention(nn.Module):
     window: int | None
     dtype: Any
     param_dtype: Any
-    implementation: str
+    implementation: str | Callable
 
     @nn.compact
     def __call__(
@@ -113,7 +114,7 @@ class Block(nn.Module):
     window: int | None
     dtype: Any
     param_dtype: Any
-    implementation: str
+    implementation: str | Callable
     experts: str
 
     @nn.compact
@@ -135,7 +136,8 @@ class Decoder(nn.Module):
         config: the architecture.
         dtype: dtype of the activations and products; norms, softmax and logits are float32 regardless.
         param_dtype: dtype of parameters made by `init_params` (a checkpoint's parameters keep their own).
-        implementation: of the attention in `forward`: "xla", or "cudnn" (bfloat16 on a GPU).
+        implementation: of the attention in `forward`: "xla", "cudnn" (bfloat16 on a GPU), or a function called as
+            `jaxquant.attention` is.
         experts: the form of a mixture's products, "ragged" or "dense" (see `MoE`).
 
     >>> config = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -149,7 +151,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    implementation: str = "xla"
+    implementation: str | Callable = "xla"
     experts: str = "ragged"
 
     @nn.compact
@@ -233,8 +235,10 @@ def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend_within(query, key, value, window: int | None, implementation: str) -> jax.Array:
+def attend_within(query, key, value, window: int | None, implementation: str | Callable) -> jax.Array:
     """Returns causal attention [B, T, H, D] of a whole sequence over itself."""
+    if callable(implementation):
+        return implementation(query, key, value, causal=True, **({} if window is None else {"window": (window - 1, 0)}))
     if implementation == "xla":
         at = jnp.arange(query.shape[1], dtype=jnp.int32)
         return attend(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), _visible(at, at, window)[None])
