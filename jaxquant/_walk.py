@@ -295,7 +295,11 @@ class Walk:
         return size // (meet.reading.watch.channels * held)
 
     def gather(self, meet: Meet, reading: Reading, stream: core.Var | None, outputs: int) -> Statistics:
-        """Adds what a product reads, batch by batch."""
+        """Adds what a product reads, batch by batch.
+
+        The rows of experts lie where the routing put them, and the quantized model may route a token elsewhere: row by
+        row there is nothing to compare, so such rows are compared with themselves, and nothing is compensated.
+        """
         crossed = self._needs(meet, "cross")
         update = self.updates.setdefault(
             reading.key,
@@ -308,7 +312,7 @@ class Walk:
             if stream is not None:
                 owed = self.value(stream, FLOAT, place) - self.value(stream, QUANTIZED, place)
                 owed = owed.reshape(-1, outputs)
-            stats = update(stats, inputs, beside if crossed else None, owed)
+            stats = update(stats, inputs, (inputs if reading.lead else beside) if crossed else None, owed)
         return stats
 
     def observe_branch(self, meet: Meet) -> dict[Unit, Statistics]:

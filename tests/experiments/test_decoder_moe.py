@@ -17,6 +17,7 @@ from experiments.models.moe import load_imbalance, route
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "decoder"
 TINY_MOE = accuracy.EMBEDDED_MODEL.with_name("tiny_moe")
+RESULTS = pathlib.Path(accuracy.__file__).parent / "results" / "accuracy_tiny_moe.json"
 FAMILIES = ["mixtral", "qwen3_moe", "qwen3_moe_raw"]
 
 
@@ -110,3 +111,9 @@ def test_the_embedded_mixture_is_one_and_small(tmp_path):
     (row,) = json.loads(rows.read_text())
     assert 4 < row["bits"] < 4.2
     assert 0 < row["kl"] < 0.5
+
+
+def test_gptq_removes_at_least_two_fifths_of_what_rounding_costs():
+    """The committed rows of `python -m experiments.accuracy`, which fails where an expert sees no token."""
+    kl = {row["recipe"]: row["kl"] for row in json.loads(RESULTS.read_text())}
+    assert kl["gptq-w4"] <= 0.6 * kl["rtn-w4"]

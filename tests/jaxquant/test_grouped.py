@@ -128,3 +128,14 @@ def test_merging_refuses_what_cannot_be_one_weight(layer, rng):
     scaled = [dataclasses.replace(w, pre_scale=f) for w, f in zip((gate, up), factors, strict=True)]
     with pytest.raises(ValueError, match="pre_scale of gate and up differ"):
         jq.merge_gate_up(*scaled)
+
+
+def test_stacks_of_layers_are_scanned(rng, activation, assert_close, implementations):
+    q, x, sizes = experts(rng, (3, E, K, K)), activation(17, K), jnp.asarray(SIZES["ragged"], jnp.int32)
+
+    def layers(w, x):
+        return jax.lax.scan(lambda x, w: (x + jax.lax.ragged_dot(x, w, sizes), None), x, w)[0]
+
+    packed = jq.pack_for(q, "h200")
+    assert implementations(layers, packed, x) == [("grouped_matmul", "")]
+    assert_close(jax.jit(jq.quantized(layers))(packed, x), jax.jit(jq.quantized(layers))(q, x))
