@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 _BLOCK = 128  # columns turned at a time: what a cache holds of them
+_PAD_BYTES = 64  # between them: at a distance of a power of two they would share a few places of the cache
 _RUN = 16 * _BLOCK  # columns after which the pages read are given back
 _THREADS = 2  # while one waits for the disk, the other copies
 
@@ -29,20 +30,30 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     plain = array.view(f"u{array.dtype.itemsize}")  # NumPy copies its own types faster than bfloat16
     turned = np.empty(plain.shape, plain.dtype)
 
+    rows, columns = plain.shape
+
     def turn(first: int) -> None:
-        for start in range(first, min(first + _RUN, plain.shape[1]), _BLOCK):
-            turned[:, start : start + _BLOCK] = plain[:, start : start + _BLOCK]
+        block = np.empty((_BLOCK, rows + _PAD_BYTES // plain.itemsize), plain.dtype)[:, :rows]
+        for start in range(first, min(first + _RUN, columns), _BLOCK):
+            held = block[: columns - start]
+            held[...] = plain.T[start : start + _BLOCK]
+            turned[:, start : start + _BLOCK] = held.T
         forget_pages(array)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(turn, range(0, plain.shape[1], _RUN)))
+        list(pool.map(turn, range(0, columns, _RUN)))
     return turned.view(array.dtype)
+
+
+def mapping_of(array: Any) -> mmap.mmap | None:
+    """The mapped file that an array lies in, or None for one in memory."""
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None
 
 
 def forget_pages(array: Any) -> None:
     """Gives back the memory that reading a mapped file has taken; what is read again comes from the file again."""
-    base = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap):
-        base.madvise(mmap.MADV_DONTNEED)
+    if (mapping := mapping_of(array)) is not None:
+        mapping.madvise(mmap.MADV_DONTNEED)

@@ -126,10 +126,7 @@ class Writer:
         Raises:
             TypeError: a dtype that holds no numbers.
         """
-        key_impl = None
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            key_impl, leaf = str(jax.random.key_impl(leaf)), jax.random.key_data(leaf)
-        array = np.asarray(leaf)
+        array, key_impl = as_numbers(leaf)
         stored = _to_stored(array, path)
         if self._pending and stored.nbytes + self.pending_bytes > SHARD_BYTES:
             self.flush()
@@ -160,6 +157,13 @@ class Writer:
         write = functools.partial(_write_shard, self.folder / self._name, self._pending)
         self._pending, self._name = {}, _shard_name()
         return write
+
+
+def as_numbers(leaf: Any) -> tuple[np.ndarray, str | None]:
+    """An array as NumPy has it; of a typed random key its data, and the name of its generator."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return np.asarray(jax.random.key_data(leaf)), str(jax.random.key_impl(leaf))
+    return np.asarray(leaf), None
 
 
 def _write_shard(target: pathlib.Path, arrays: dict[str, np.ndarray]) -> Shard:

@@ -1,11 +1,14 @@
 """`convert` and `export`: whole checkpoints from one form to another, one leaf in memory at a time.
 
 A conversion writes beside its target, and keeps a journal there of the leaves that are safely on disk. Only when all
-are does the target appear, in one step; a conversion that was killed goes on from its journal.
+are does the target appear, in one step; a conversion that was killed goes on from its journal. One that calibrates
+keeps the weights it has finished in a folder of their own instead.
 """
 
 import contextlib
+import dataclasses
 import functools
+import hashlib
 import pathlib
 import re
 import shutil
@@ -20,21 +23,21 @@ from jaxquant._companions import FOLDER as COMPANIONS
 from jaxquant._companions import copy_companions
 from jaxquant._journal import Journal
 from jaxquant._manifest import decode_tree, encode_tree
-from jaxquant._mapped import forget_pages
+from jaxquant._mapped import forget_pages, mapping_of
 from jaxquant._quantize import quantize
 from jaxquant._rules import Assignment, assign
 from jaxquant._sources import Source, open_source, read_leaf
 from jaxquant._spec import PerChannel, PerGroup, QuantConfig, Rule
+from jaxquant._store import as_numbers
 from jaxquant.checkpoint import Manifest, Path, check_target, library_version, publish, staging_folder, write_tree
 from jaxquant.interop import Module
-from jaxquant.interop._parts import join_outputs
 from jaxquant.interop.huggingface_write import Format, write_folder
 
-SLICE_BYTES = 1 << 25  # a larger weight is quantized by slices
+SLICE_BYTES = 1 << 23  # a larger weight is quantized by slices; memory of larger ones would be fetched anew each time
 SLICES = 2  # read and quantized at a time
 MEMORY = 2  # largest leaves, above the base
-KEPT_COPIES = 1.1  # of a leaf that is kept
-QUANTIZED_COPIES = 1.75  # of one that is quantized: the leaf, its slices and its codes
+TURNED = 1.1  # of a mapped leaf that is kept: it and the blocks on the way
+CODES = 0.55  # of one that is quantized: eight bits for sixteen, slices
 
 Progress = Callable[[int, int, str], None]
 
@@ -52,7 +55,8 @@ def convert(
 ) -> None:
     """Converts a checkpoint to ours, quantizing as it goes; wholly or not at all, and resumable.
 
-    With a model to calibrate by, its parameters are memory-mapped together instead, and it starts over when killed.
+    With a model to calibrate by, its parameters are memory-mapped together instead, and what goes on when it was killed
+    is the pass over the model: weights that were finished are taken as they are.
 
     Args:
         src: a jaxquant checkpoint, an orbax checkpoint, or a Hugging Face folder, float or quantized.
@@ -74,9 +78,7 @@ def convert(
     check_target(target, overwrite)
     source = open_source(src, modules=modules)
     if config is not None and apply_fn is not None:
-        params = decode_tree(_fill(source.tree, _Numbers()), functools.partial(read_leaf, source))
-        qparams = quantize(params, config, apply_fn=apply_fn, batches=batches)
-        write_tree(target, qparams, config, source.huggingface, source.companions)
+        _convert_calibrated(source, target, config, apply_fn, list(() if batches is None else batches))
         return
     chosen = _decide(source, config)
     key = f"{source.fingerprint} {config!r} {library_version()}"
@@ -93,6 +95,23 @@ def convert(
     shutil.rmtree(writer.folder, ignore_errors=True)
 
 
+def _convert_calibrated(
+    source: Source, target: pathlib.Path, config: QuantConfig, apply_fn: Callable[..., Any], batches: list[Any]
+) -> None:
+    """Quantizes the whole tree by the model's own inputs; weights finished before for the same are taken over."""
+    finished = target.with_name(f".{target.name}.calibrated")
+    key = hashlib.sha256(f"{source.fingerprint} {config!r} {library_version()}".encode())
+    for array, impl in map(as_numbers, jax.tree.leaves(batches)):
+        key.update(f"{impl}{array.dtype}{array.shape}".encode() + array.tobytes())
+    run = finished / key.hexdigest()[:16]
+    for other in set(finished.glob("*")) - {run}:
+        shutil.rmtree(other)
+    params = decode_tree(_fill(source.tree, _Numbers()), functools.partial(read_leaf, source))
+    qparams = quantize(params, config, apply_fn=apply_fn, batches=batches, resume=run)
+    write_tree(target, qparams, config, source.huggingface, source.companions)
+    shutil.rmtree(finished, ignore_errors=True)
+
+
 def _convert_leaves(
     source: Source, chosen: list[QuantConfig | None], journal: Journal, progress: Progress | None
 ) -> None:
@@ -100,9 +119,13 @@ def _convert_leaves(
     left = [number for number in range(len(source.leaves)) if number not in journal.nodes]
     largest = max((leaf.nbytes for leaf in source.leaves), default=0)
     for number in _reported(source, left, progress):
-        copies = KEPT_COPIES if chosen[number] is None else QUANTIZED_COPIES
-        journal.make_room(copies * source.leaves[number].nbytes, MEMORY * largest)
-        _convert_leaf(source, number, chosen[number], journal)
+        leaf, config, nbytes = read_leaf(source, number), chosen[number], source.leaves[number].nbytes
+        mapped = mapping_of(leaf) is not None
+        made = CODES if config is not None else TURNED if mapped else 0
+        journal.make_room((made + (not mapped)) * nbytes, MEMORY * largest)
+        path = source.leaves[number].path
+        leaf = leaf if config is None else _quantize_leaf(path, leaf, config)
+        journal.add(number, encode_tree(leaf, journal.writer.put, path))
 
 
 def _reported(source: Source, numbers: Sequence[int], progress: Progress | None) -> Iterator[int]:
@@ -132,13 +155,6 @@ def _alone(path: str, assignment: Assignment | None, config: QuantConfig) -> Qua
     return QuantConfig(rules=(rule,), algorithm=config.algorithm)
 
 
-def _convert_leaf(source: Source, number: int, config: QuantConfig | None, journal: Journal) -> None:
-    path = source.leaves[number].path
-    kept = config is None
-    leaf = read_leaf(source, number) if kept else _quantize_leaf(path, read_leaf(source, number), config)
-    journal.add(number, encode_tree(leaf, journal.writer.put, path))
-
-
 def _quantize_leaf(path: str, leaf: Any, config: QuantConfig) -> Any:
     """Quantizes one weight; a large one by slices of its outputs, which are independent, to bound the memory."""
     (rule,) = config.rules
@@ -149,19 +165,28 @@ def _quantize_leaf(path: str, leaf: Any, config: QuantConfig) -> Any:
     count = next(count for count in range(wanted, outputs + 1) if outputs % count == 0) if wanted <= outputs else 1
     if count == 1:
         return quantize({path: leaf}, config)[path]
-    parts = _quantize_slices(path, leaf, config, outputs // count)
-    del leaf  # before its codes are joined
-    return join_outputs(path, parts)
+    return _quantize_slices(path, leaf, config, outputs // count)
 
 
-def _quantize_slices(path: str, leaf: Any, config: QuantConfig, width: int) -> list[Any]:
+def _quantize_slices(path: str, leaf: Any, config: QuantConfig, width: int) -> Any:
+    """Quantizes so many outputs at a time, straight into the arrays of the whole weight."""
+    outputs = leaf.shape[-1]
+
     def quantize_slice(start: int) -> Any:
-        part = jax.tree.map(np.asarray, quantize({path: leaf[..., start : start + width]}, config)[path])
+        part = quantize({path: leaf[..., start : start + width]}, config)[path]
         forget_pages(leaf)
         return part
 
+    def place(start: int, part: Any) -> None:
+        for array, piece in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+            array[..., start : start + width] = piece
+
+    first = quantize_slice(0)
+    whole = jax.tree.map(lambda piece: np.empty((*piece.shape[:-1], outputs), piece.dtype), first)
+    place(0, first)
     with ThreadPoolExecutor(SLICES) as pool:
-        return list(pool.map(quantize_slice, range(0, leaf.shape[-1], width)))
+        list(pool.map(lambda start: place(start, quantize_slice(start)), range(width, outputs, width)))
+    return dataclasses.replace(whole, trailing=(*whole.trailing[:-1], outputs))
 
 
 class _Numbers:

@@ -21,7 +21,9 @@ import jaxquant._sources
 import jaxquant.conversion
 from jaxquant import QArray, QuantConfig, Rule, load, quantize, save
 from jaxquant.__main__ import main
+from jaxquant._resume import Finished
 from jaxquant._sources import open_source
+from jaxquant.algorithms.gptq import gptq
 from jaxquant.checkpoint import read_manifest
 from jaxquant.conversion import convert, export
 from jaxquant.inspection import diff, inspect
@@ -447,6 +449,44 @@ def test_the_command_calibrates(tmp_path, rng, monkeypatch):
     kernel = load(tmp_path / "out")["layers_1"]["mlp"]["up_proj"]["kernel"]
     assert kernel.qtype == "int8"
     assert (np.asarray(kernel.qvalue) != np.asarray(rounded["layers_1"]["mlp"]["up_proj"]["kernel"].qvalue)).any()
+
+
+def test_a_killed_calibration_goes_on(tmp_path, rng, monkeypatch):
+    params = random_params(rng)
+    save(tmp_path / "float", params)
+    config = QuantConfig.preset("w8a16", algorithm=gptq())
+    tokens = rng.integers(0, 16, (2, 1, 20))
+    put, finished = Finished.put, []
+
+    def die_at_third(self, name, *given):
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+        finished.append(name)
+        put(self, name, *given)
+
+    def run(batches):
+        convert(tmp_path / "float", tmp_path / "out", config, apply_fn=apply_mlp, batches=iter(batches), overwrite=True)
+
+    monkeypatch.setattr(Finished, "put", die_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(tokens)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Finished, "put", lambda self, name, *given: finished.append(name) or put(self, name, *given))
+    run(tokens)
+    kernels = {f"layers_{layer}/mlp/{name}_proj/kernel" for layer in range(LAYERS) for name in ("up", "down")}
+    assert sorted(finished) == sorted(kernels), "each was quantized once"
+    whole = quantize(params, config, apply_fn=apply_mlp, batches=tokens)
+    assert_same(load(tmp_path / "out"), whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"float", "out"}
+
+    finished.clear()
+    monkeypatch.setattr(Finished, "put", die_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(tokens)
+    with pytest.raises(KeyboardInterrupt):
+        run(tokens[::-1])
+    (held,) = (tmp_path / ".out.calibrated").iterdir()
+    assert {path.name for path in held.iterdir()} == {"run.json"}, "other tokens, so nothing is taken over"
 
 
 def test_the_model_may_lie_in_the_current_folder(tmp_path, monkeypatch, capsys):
