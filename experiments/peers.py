@@ -199,12 +199,11 @@ def comparison_table(rows: dict[str, Any]) -> str:
 
 def flags_table(rows: dict[str, Any]) -> str:
     """How each peer ran, as Markdown."""
-    lines = ["| peer | draws | seconds | flags | versions |", "|---|---|---|---|---|"]
+    lines = ["| peer | draws | flags | versions |", "|---|---|---|---|"]
     for name, row in rows.items():
         if row["side"] == "peer":
             texts = (", ".join(f"{key} {value}" for key, value in row[part].items()) for part in ("flags", "versions"))
-            seconds = np.median([draw["seconds"] for draw in row["draws"].values()])
-            lines.append(f"| {name} | {len(row['draws'])} | {seconds:.0f} | {' | '.join(texts)} |")
+            lines.append(f"| {name} | {len(row['draws'])} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
@@ -217,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=pathlib.Path, default=EMBEDDED_MODEL)
     parser.add_argument("--calibration", type=pathlib.Path, nargs="+", default=DRAWS, help="one .npy for each draw")
     parser.add_argument("--draws", default="0,1,2", help="which of them")
-    parser.add_argument("--sequences", type=int, help="evaluate on the first so many only")
+    parser.add_argument("--sequences", type=int, default=200, help="evaluate on the first so many: 200")
     parser.add_argument("--json", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.what == "table":

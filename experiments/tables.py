@@ -1,10 +1,13 @@
-"""The tables of README.md, made from committed results: `python -m experiments.tables` rewrites them in place."""
+"""The tables of the pages, made from committed results: `python -m experiments.tables` rewrites them in place."""
 
 from __future__ import annotations
 
 import json
 import pathlib
 import re
+
+from experiments.peers import RESULTS as PEERS
+from experiments.peers import comparison_table, flags_table, load_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -31,7 +34,23 @@ def calibrated_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"quickstart": quickstart_table, "calibrated": calibrated_table}
+def peers_table() -> str:
+    """Our recipes beside other libraries', as Markdown."""
+    return comparison_table(load_rows(PEERS))
+
+
+def peer_flags_table() -> str:
+    """How each other library ran, as Markdown."""
+    return flags_table(load_rows(PEERS))
+
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "peers.md")
+TABLES = {
+    "quickstart": quickstart_table,
+    "calibrated": calibrated_table,
+    "peers": peers_table,
+    "peer_flags": peer_flags_table,
+}
 
 
 def with_tables(text: str) -> str:
@@ -48,9 +67,9 @@ def with_tables(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrites README.md."""
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrites the pages."""
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def run_autoround(folder, calibration, bits, sym):
     flags = {"iters": 200, "nsamples": len(calibration), "seqlen": calibration.shape[1], "batch_size": 8, "seed": 42}
     data = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in calibration]
     scheme = {"bits": bits, "group_size": GROUP, "sym": sym}
-    rounder = AutoRound(model, tokenizer, **scheme, dataset=data, device_map="cpu", **flags)
+    rounder = AutoRound(model, tokenizer, **scheme, dataset=data, device_map="cpu", enable_torch_compile=False, **flags)
     model, _ = rounder.quantize()
     return model.float(), group_bits(bits, sym), flags
 
@@ -158,7 +158,7 @@ def run_bitsandbytes_int8(folder, calibration):
         parent, leaf = name.rsplit(".", 1)
         layer = Linear8bitLt(module.in_features, module.out_features, False, has_fp16_weights=False, threshold=6.0)
         layer.load_state_dict({"weight": module.weight.data})
-        setattr(model.get_submodule(parent), leaf, layer.to("cpu"))
+        setattr(model.get_submodule(parent), leaf, layer.to("cpu").eval())  # in training mode it multiplies floats
     return model, None, {"threshold": 6.0, "has_fp16_weights": False}
 
 
