@@ -18,7 +18,15 @@ from jaxquant._norms import Norm
 from jaxquant._numerics import expand_grid
 from jaxquant._outlier_products import outlier_product, outlier_refusal, ragged_outliers, split_outliers
 from jaxquant._outliers import OutlierArray, dequantize_weight, view_weight
-from jaxquant._packed import INT4_CODES_LAYOUT, INT4_LAYOUT, INT4_LAYOUTS, INT8_LAYOUT
+from jaxquant._packed import (
+    FRAGMENT_LAYOUTS,
+    INT4_CODES_LAYOUT,
+    INT4_LAYOUT,
+    INT4_LAYOUTS,
+    INT8_LAYOUT,
+    KERNEL_FORMATS,
+    LOW_BIT_LAYOUT,
+)
 from jaxquant._products import bare, contract, product, ready_activation, refusal
 from jaxquant._qarray import QArray, codes_of, pack_padded
 from jaxquant._qtypes import as_signed, decode_codes
@@ -36,15 +44,20 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul import interleave as interleave
 from pallas_kernels.grouped_matmul import separate as separate
 from pallas_kernels.grouped_matmul import supports as grouped_supports
-from pallas_kernels.int4_matmul import Int4Weight, int4_matmul_many
-from pallas_kernels.int4_matmul import pack as pack_int4
-from pallas_kernels.int4_matmul import supports as int4_supports
-from pallas_kernels.int4_matmul import unpack as unpack_int4
+from pallas_kernels.int4_matmul import Int4Weight
+from pallas_kernels.int4_matmul import pack as pack_fragments
+from pallas_kernels.int4_matmul import supports as fragments_support
+from pallas_kernels.int4_matmul import unpack as unpack_fragments
+from pallas_kernels.int4_matmul.core import packed_matmul
 from pallas_kernels.int8_matmul import int8_matmul
 from pallas_kernels.int8_matmul import pack as pack_int8
 from pallas_kernels.int8_matmul import unpack as unpack_int8
 
-KERNELS = {INT4_LAYOUT: "int4_matmul", INT4_CODES_LAYOUT: "int4_matmul", INT8_LAYOUT: "int8_matmul"}
+KERNELS = {
+    **dict.fromkeys(INT4_LAYOUTS, "int4_matmul"),
+    LOW_BIT_LAYOUT: "low_bit_matmul",
+    INT8_LAYOUT: "int8_matmul",
+}
 GROUPED = "grouped_matmul"
 Quantized = QArray | OutlierArray
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
@@ -129,14 +142,14 @@ def kernel_refusal(q: QArray, dims: Dims, x_dtype: jnp.dtype, dtype: jnp.dtype) 
     Returns:
         The reason in words.
     """
-    stack, (k, n) = _packed.stack_dims(q), _packed.matrix_shape(q)
+    stack, (_, n) = _packed.stack_dims(q), _packed.matrix_shape(q)
     if set(dims.w_contract) != set(_packed.contracting_dims(q)):
         return "it is summed over other axes than it was packed for"
     if any(d >= stack for d in dims.w_batch):
         return "an output of its packed matrices is a batch axis"
     if q.pre_scale is not None and any(q.pre_scale.shape[d] > 1 for d in dims.w_free(q.ndim)):
         return "its pre_scale lies along its outputs"
-    tile = 64 if q.layout in INT4_LAYOUTS else 128
+    tile = 64 if q.layout in FRAGMENT_LAYOUTS else 128
     if len(dims.w_batch) < stack and n % tile:
         return f"its {n} outputs do not fill tiles of {tile}, so that matrices do not lie side by side"
     if q.activation is None and dtype != x_dtype:
@@ -146,15 +159,31 @@ def kernel_refusal(q: QArray, dims: Dims, x_dtype: jnp.dtype, dtype: jnp.dtype) 
         return f"the kernel takes no {x_dtype} and gives no {dtype}"
     if q.layout == INT8_LAYOUT:
         return None
-    if dims.w_batch:
-        return _grouped_refusal(q, x_dtype, dtype)
-    operand = x_dtype if q.activation is None else q.activation.format.code_dtype
-    groups, zero = math.prod(_packed.group_cells(q)), q.zero_point is not None
-    return int4_supports(k, n + -n % 64, groups, operand, has_zero_point=zero, scale_dtype=q.scale.dtype)
+    return _grouped_refusal(q, x_dtype, dtype) if dims.w_batch else _fragments_refusal(q, x_dtype)
+
+
+def _fragments_refusal(q: QArray, x_dtype: jnp.dtype) -> str | None:
+    """Why the kernels of the fragment-major layout cannot take a weight with activations of a dtype, or None."""
+    if q.qtype not in KERNEL_FORMATS:
+        return f"no kernel takes {q.qtype} weights; taken are {', '.join(KERNEL_FORMATS)}"
+    if (q.format.kind == "uint") != (q.zero_point is not None):
+        return f"{q.qtype} {'without' if q.zero_point is None else 'with'} zero points"
+    k, n = _packed.matrix_shape(q)
+    return fragments_support(
+        k,
+        n + -n % 64,
+        math.prod(_packed.group_cells(q)),
+        x_dtype if q.activation is None else q.activation.format.code_dtype,
+        has_zero_point=q.zero_point is not None,
+        scale_dtype=q.scale.dtype,
+        qtype=KERNEL_FORMATS[q.qtype],
+    )
 
 
 def _grouped_refusal(q: QArray, x_dtype: jnp.dtype, dtype: jnp.dtype) -> str | None:
     """Why the grouped kernel cannot multiply rows sorted by the matrices of a packed stack, or None."""
+    if q.layout == LOW_BIT_LAYOUT:
+        return f"the grouped kernel takes no {q.qtype} weights with float activations"
     (k, _), groups = _packed.matrix_shape(q), math.prod(_packed.group_cells(q))
     codes = jnp.dtype(jnp.int32) if q.layout in INT4_LAYOUTS else q.qvalue.dtype
     if groups > 1 and q.layout not in INT4_LAYOUTS:
@@ -184,7 +213,16 @@ def multiply_siblings(x: jax.Array, products: Sequence[tuple[QArray, Dims, jnp.d
     for q, dims, dtype in products:
         rows = _rows(x, q, dims, shared)
         groups = math.prod(_packed.group_cells(q))
-        kind = id(rows.values), q.layout, len(dims.w_batch), groups, q.scale.dtype, q.zero_point is None, dtype
+        kind = (
+            id(rows.values),
+            q.layout,
+            KERNEL_FORMATS[q.qtype],
+            len(dims.w_batch),
+            groups,
+            q.scale.dtype,
+            q.zero_point is None,
+            dtype,
+        )
         kinds.setdefault(kind, (rows, []))[1].append((q, dims))
     for (*_, dtype), (rows, siblings) in kinds.items():
         weights, all_dims = zip(*siblings, strict=True)
@@ -286,8 +324,8 @@ def _launch(
     elif all_dims[0].w_batch:
         outs = [_batched_product(rows, operand, dtype) for operand in operands]
     else:
-        out_dtype = None if rows.scale is None else dtype
-        outs = int4_matmul_many(rows.values, operands, x_scale=rows.scale, out_dtype=out_dtype)
+        options = {} if rows.scale is None else {"x_scale": rows.scale, "out_dtype": dtype}
+        outs = packed_matmul(rows.values, operands, qtype=KERNEL_FORMATS[weights[0].qtype], **options)
     return tuple(
         _packed.to_free(out, rows.values, q, dims) for out, q, dims in zip(outs, weights, all_dims, strict=True)
     )
@@ -360,16 +398,9 @@ def packing_refusal(q: Quantized) -> str | None:
         return "it has no outputs"
     if q.qtype in ("int8", "float8_e4m3fn") and q.activation is not None:
         return _int8_refusal(q, q.activation)
-    if q.format.bits != 4 or not q.format.is_integer:
-        return f"no kernel takes {q.qtype} weights with float activations; int4 and uint4 are taken"
-    if (q.format.kind == "uint") != (q.zero_point is not None):
-        return f"{q.qtype} {'without' if q.zero_point is None else 'with'} zero points"
-    operand = jnp.dtype(jnp.bfloat16) if q.activation is None else q.activation.format.code_dtype
     if q.activation is not None and isinstance(q.activation.granularity, PerGroup):
         return "the scales of its activation differ along its inputs"
-    k, n = _packed.matrix_shape(q)
-    groups, zero = math.prod(_packed.group_cells(q)), q.zero_point is not None
-    return int4_supports(k, n + -n % 64, groups, operand, has_zero_point=zero, scale_dtype=q.scale.dtype)
+    return _fragments_refusal(q, jnp.dtype(jnp.bfloat16))
 
 
 def _int8_refusal(q: QArray, activation: TensorSpec) -> str | None:
@@ -397,12 +428,19 @@ def pack_array(q: Quantized) -> Quantized:
     if isinstance(q, OutlierArray):
         return dataclasses.replace(q, base=pack_array(q.base))
     matrix = _packed.codes_to_matrix(codes_of(q), q)
-    if not q.format.packed:
+    if q.activation is not None and q.format.bits == 8:
         return dataclasses.replace(q, qvalue=pack_int8(matrix), layout=INT8_LAYOUT)
-    layout = INT4_LAYOUT if q.activation is None else INT4_CODES_LAYOUT
-    qvalue = pack_int4(matrix, x_bytes=INT4_LAYOUTS[layout])
-    zero = None if q.zero_point is None else q.zero_point.astype(q.scale.dtype) - jnp.asarray(8, q.scale.dtype)
+    qvalue = pack_fragments(matrix, **_fragments(q))
+    is_int4 = q.format.bits == 4 and q.format.is_integer
+    layout = (INT4_LAYOUT if is_int4 else LOW_BIT_LAYOUT) if q.activation is None else INT4_CODES_LAYOUT
+    middle = _packed.unsigned_middle(q)
+    zero = None if q.zero_point is None else q.zero_point.astype(q.scale.dtype) - jnp.asarray(middle, q.scale.dtype)
     return dataclasses.replace(q, qvalue=qvalue, zero_point=zero, layout=layout)
+
+
+def _fragments(q: QArray) -> dict:
+    """The options of the fragment-major layout of a weight."""
+    return {"x_bytes": 2 if q.activation is None else 1, "qtype": KERNEL_FORMATS[q.qtype]}
 
 
 @overload
@@ -423,8 +461,10 @@ def _plain_array(q: QArray) -> QArray:
     if q.layout == INT8_LAYOUT:
         codes = _packed.codes_from_matrix(unpack_int8(q.qvalue, k, n), q)
         return dataclasses.replace(q, qvalue=codes, layout="plain")
-    codes = _packed.codes_from_matrix(unpack_int4(q.qvalue, x_bytes=INT4_LAYOUTS[q.layout])[..., :k, :n], q)
-    zero = None if q.zero_point is None else (q.zero_point + jnp.asarray(8, q.zero_point.dtype)).astype(jnp.uint8)
+    codes = _packed.codes_from_matrix(unpack_fragments(q.qvalue, **_fragments(q))[..., :k, :n], q)
+    zero = q.zero_point
+    if zero is not None:
+        zero = (zero + jnp.asarray(_packed.unsigned_middle(q), zero.dtype)).astype(jnp.uint8)
     return dataclasses.replace(q, qvalue=pack_padded(codes, q.format, q.axis[-1]), zero_point=zero, layout="plain")
 
 

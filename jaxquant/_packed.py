@@ -19,9 +19,16 @@ from jaxquant._views import Unrepresentable, code_shape, common_factors, map_gri
 
 INT4_LAYOUT = "int4_fragments"  # of pallas_kernels.int4_matmul, for 16-bit activations
 INT4_CODES_LAYOUT = "int4_byte_fragments"  # the same for 8-bit codes
+LOW_BIT_LAYOUT = "low_bit_fragments"  # of pallas_kernels.low_bit_matmul
 INT8_LAYOUT = "int8_k_major"  # of pallas_kernels.int8_matmul
-INT4_LAYOUTS = {INT4_LAYOUT: 2, INT4_CODES_LAYOUT: 1}  # bytes an element of the activation takes
-KERNEL_DIMS = {INT4_LAYOUT: 4, INT4_CODES_LAYOUT: 4, INT8_LAYOUT: 2}
+INT4_LAYOUTS = (INT4_LAYOUT, INT4_CODES_LAYOUT)
+FRAGMENT_LAYOUTS = (*INT4_LAYOUTS, LOW_BIT_LAYOUT)
+KERNEL_DIMS = {**dict.fromkeys(FRAGMENT_LAYOUTS, 4), INT8_LAYOUT: 2}
+# The format of the kernel's that holds the codes of one of ours: three bits do not divide a word.
+KERNEL_FORMATS = {"int8": "int8", "float8_e4m3fn": "float8_e4m3fn", "nf4": "nf4"}
+KERNEL_FORMATS |= {
+    f"{sign}int{bits}": f"int{max(bits, 4) if bits > 2 else 2}" for sign in ("", "u") for bits in (2, 3, 4)
+}
 BLOCK = 128  # the scales of int8_matmul may belong to blocks of so many inputs and outputs
 
 
@@ -55,16 +62,16 @@ def matrix_shape(q: QArray) -> tuple[int, int]:
 
 
 def codes_to_matrix(codes: jax.Array, q: QArray) -> jax.Array:
-    """Gives the codes of a plain weight, those of uint4 as -8..7, as the kernels' matrix.
+    """Gives the codes of a plain weight, unsigned ones less `unsigned_middle`, as the kernels' matrix.
 
     Args:
         codes: its unpacked codes.
         q: the weight.
 
     Returns:
-        [*stack, K, N] of int8 or float8.
+        [*stack, K, N] of int8, float8, or uint8 indices of a table.
     """
-    signed = as_signed(codes) - jnp.int8(8) if q.format.kind == "uint" else codes
+    signed = as_signed(codes) - jnp.int8(unsigned_middle(q)) if q.format.kind == "uint" else codes
     matrix = jnp.transpose(signed, matrix_order(q))
     return matrix.reshape(*q.shape[: stack_dims(q)], *matrix_shape(q))
 
@@ -74,7 +81,12 @@ def codes_from_matrix(matrix: jax.Array, q: QArray) -> jax.Array:
     order, shape = matrix_order(q), code_shape(q)
     back = sorted(range(q.ndim), key=order.__getitem__)
     signed = jnp.transpose(matrix.reshape([shape[d] for d in order]), back)
-    return (signed + jnp.int8(8)).astype(jnp.uint8) if q.format.kind == "uint" else signed
+    return (signed + jnp.int8(unsigned_middle(q))).astype(jnp.uint8) if q.format.kind == "uint" else signed
+
+
+def unsigned_middle(q: QArray) -> int:
+    """What lies between the unsigned codes of a weight and the signed ones of a kernel."""
+    return 2 ** (q.format.bits - 1)
 
 
 def group_cells(q: QArray) -> tuple[int, ...]:
