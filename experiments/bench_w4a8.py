@@ -48,8 +48,10 @@ def sweep_items(shapes: list[str], tokens: list[int], forms: list[str]) -> list[
     queues = []
     for shape, m, form in ((s, m, f) for m in tokens for s in shapes for f in forms):
         (k, n), (dtype, group) = SHAPES[shape], FORMS[form]
-        predicted = predicted_microseconds if m <= 64 else predicted_microseconds_of_codes
-        configs = candidates(m, k, n, k // group if group else 1, dtype)
+        groups = k // group if group else 1
+        predicted = functools.partial(predicted_microseconds_of_codes, num_groups=groups, dtype=dtype)
+        predicted = predicted_microseconds if m <= 64 else predicted
+        configs = candidates(m, k, n, groups, dtype)
         configs = sorted(configs, key=lambda c, m=m, k=k, n=n, predicted=predicted: predicted(c, m, k, n))[:SWEPT]
         problem = {"what": "sweep", "shape": shape, "m": m, "form": form}
         queues.append([problem | {"config": dataclasses.asdict(c)} for c in configs])
