@@ -93,13 +93,19 @@ def supports(
         return _unsupported_8_bit(x_dtype, weight_dtype, scale_dtype, config)
     if config is not None and config.row_tiles > 1:
         return f"row_tiles = {config.row_tiles}; int4 weights take 1"
-    promoted = x_dtype == jnp.float8_e4m3fn or (x_dtype == jnp.int8 and num_groups > 1)
-    if config is not None and promoted and config.block_m > BLOCK:
-        return f"block_m = {config.block_m} with float32 totals of 8-bit products: registers hold {BLOCK} of both"
+    if config is not None and config.block_m > (most := _most_rows(num_groups, x_dtype, weight_dtype)):
+        return f"block_m = {config.block_m}, whose sums do not fit the registers; at most {most}"
     dense = None if config is None else config.dense()
     return int4_config.supports(
         k, BLOCK, num_groups, x_dtype, config=dense, has_zero_point=has_zero_point, scale_dtype=scale_dtype
     )
+
+
+def _most_rows(num_groups: int, x_dtype, weight_dtype) -> int:
+    """Rows of a tile whose sums fit the registers, of which float32 totals of 8-bit products take twice as many."""
+    if x_dtype.itemsize == 2 or (x_dtype == jnp.int8 and num_groups == 1):
+        return 2 * BLOCK
+    return BLOCK if weight_dtype != jnp.int32 else 112
 
 
 def _unsupported_8_bit(x_dtype, weight_dtype, scale_dtype, config: Config | None) -> str | None:
@@ -185,8 +191,11 @@ def default_config(
     """
     hit = min(rows, num_experts)
     mean = rows / hit
-    block_m = min((*range(16, BLOCK + 1, 16), 2 * BLOCK), key=functools.partial(_expected_cost, mean))
-    int4, codes = jnp.dtype(weight_dtype) == jnp.int32, jnp.dtype(x_dtype).itemsize == 1
+    x_dtype, weight_dtype = jnp.dtype(x_dtype), jnp.dtype(weight_dtype)
+    most = _most_rows(num_groups, x_dtype, weight_dtype)
+    sizes = [size for size in (*range(16, BLOCK + 1, 16), 2 * BLOCK) if size <= most]
+    block_m = min(sizes, key=functools.partial(_expected_cost, mean))
+    int4, codes = weight_dtype == jnp.int32, x_dtype.itemsize == 1
     few = block_m <= TILE
     depths = (256, 128, 64) if few or (int4 and codes) else (128, 64)
     cuts = (
