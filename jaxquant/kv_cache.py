@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant._kernels import Cache, decode_attention, dequantize_cache, kv_layout, quantized_tokens
 from jaxquant._kv_groups import SCALE_DTYPE, fill_ring, quantize_groups, take_groups, unroll_ring
-from jaxquant._ops import Cache, decode_attention, dequantize_cache, kv_layout, quantized_tokens
 
 EIGHT_BIT = {"int8": 127.0, "float8_e4m3fn": 448.0}
 GROUPED = {"int4": 4, "int2": 2}
@@ -21,7 +21,7 @@ SMALLEST_ABSMAX = 1e-20  # keeps the scale of an all-zero token positive
     jax.tree_util.register_dataclass,
     data_fields=[
         "key", "value", "key_scale", "value_scale", "key_offset", "value_offset", "recent",
-        "lengths", "overflowed", "page_table", "free_pages", "num_free",
+        "key_absmax", "value_absmax", "lengths", "overflowed", "page_table", "free_pages", "num_free",
     ],
     meta_fields=["format", "dtype", "head_dim"],
 )  # fmt: skip
@@ -42,6 +42,8 @@ class KVCache:
         value_offset: like value_scale.
         recent: of a grouped format, the latest keys in float [B, K, window, H]. Where each code and each recent key
             lies is the kernel's order, `pallas_kernels.decode_attention.layout`.
+        key_absmax: of an 8-bit format with static scales, the largest magnitude of each head's keys, float32 [K].
+        value_absmax: like key_absmax.
         lengths: tokens of each sequence, int32 [B].
         overflowed: whether tokens of a sequence were dropped because the cache was full, bool [B].
         page_table: of a paged cache, the pages of each sequence in order, int32 [B, pages].
@@ -59,6 +61,8 @@ class KVCache:
     key_offset: Any
     value_offset: Any
     recent: Any
+    key_absmax: Any
+    value_absmax: Any
     lengths: jax.Array
     overflowed: jax.Array
     page_table: Any
@@ -79,6 +83,8 @@ class KVCache:
         format: str = "int8",
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         window: int = 128,
+        key_absmax: jax.Array | None = None,
+        value_absmax: jax.Array | None = None,
     ) -> "KVCache":
         """Makes an empty cache with room for `capacity` tokens of each of `batch` sequences.
 
@@ -91,6 +97,9 @@ class KVCache:
                 per channel in groups of 32 tokens, values per token in groups of 32 channels).
             dtype: the float type of the model's keys and values.
             window: latest keys that a grouped format keeps in float, a multiple of 32 (of 64 for the kernel).
+            key_absmax: for an 8-bit format with static scales, the largest magnitude of each head's keys in
+                calibration, [K] float; larger ones are clipped. By default every token has a scale of its own.
+            value_absmax: the same of values; given together.
 
         Returns:
             The cache.
@@ -107,6 +116,7 @@ class KVCache:
         _check_sizes(format, capacity, head_dim, window)
         stores = _stores(format, dtype, batch, capacity, kv_heads, head_dim)
         state = _empty(batch, kv_heads, format, dtype, head_dim, window)
+        state |= _static_scales(format, kv_heads, key_absmax, value_absmax)
         return cls(**stores, **state, page_table=None, free_pages=None, num_free=None)
 
     @classmethod
@@ -122,6 +132,8 @@ class KVCache:
         format: str = "int8",
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         window: int = 128,
+        key_absmax: jax.Array | None = None,
+        value_absmax: jax.Array | None = None,
     ) -> "KVCache":
         """Makes an empty cache whose sequences share `pages` pages of `page_size` tokens, taken as they grow.
 
@@ -135,6 +147,8 @@ class KVCache:
             format: as of `init`; recent keys of a grouped format lie outside the pages.
             dtype: the float type of the model's keys and values.
             window: as of `init`.
+            key_absmax: as of `init`.
+            value_absmax: as of `init`.
 
         Returns:
             The cache.
@@ -154,7 +168,9 @@ class KVCache:
         stores = _stores(format, dtype, pages, page_size, kv_heads, head_dim)
         table = jnp.zeros((batch, -(-capacity // page_size)), jnp.int32)
         free = {"free_pages": jnp.arange(pages, dtype=jnp.int32), "num_free": jnp.int32(pages)}
-        return cls(**stores, **_empty(batch, kv_heads, format, dtype, head_dim, window), page_table=table, **free)
+        state = _empty(batch, kv_heads, format, dtype, head_dim, window)
+        state |= _static_scales(format, kv_heads, key_absmax, value_absmax)
+        return cls(**stores, **state, page_table=table, **free)
 
     @property
     def capacity(self) -> int:
@@ -276,8 +292,8 @@ class KVCache:
 
     def _write_tokens(self, key, value, place) -> "KVCache":
         row, column = place
-        key_codes, key_scale = _quantize_tokens(key, self.format, self.key.dtype)
-        value_codes, value_scale = _quantize_tokens(value, self.format, self.value.dtype)
+        key_codes, key_scale = _quantize_tokens(key, self.key_absmax, self.format, self.key.dtype)
+        value_codes, value_scale = _quantize_tokens(value, self.value_absmax, self.format, self.value.dtype)
         cache = dataclasses.replace(
             self,
             key=self.key.at[row, :, column].set(key_codes, mode="drop"),
@@ -361,11 +377,29 @@ def _stores(format: str, dtype, rows: int, tokens: int, kv_heads: int, head_dim:
     return absent | zeros
 
 
-def _quantize_tokens(x: jax.Array, format: str, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def _static_scales(format: str, kv_heads: int, key_absmax, value_absmax) -> dict[str, Any]:
+    given = {"key_absmax": key_absmax, "value_absmax": value_absmax}
+    if key_absmax is None and value_absmax is None:
+        return given
+    for name, x in given.items():
+        if format not in EIGHT_BIT or x is None or x.shape != (kv_heads,) or not jnp.issubdtype(x.dtype, jnp.floating):
+            got = None if x is None else f"{x.dtype} of shape {x.shape}"
+            raise ValueError(
+                f"{name}: static scales are floats of shape ({kv_heads},) for keys and values of an 8-bit format"
+                f" {tuple(EIGHT_BIT)}, got {got} for format {format!r}"
+            )
+    return {name: jnp.maximum(x.astype(jnp.float32), SMALLEST_ABSMAX) for name, x in given.items()}
+
+
+def _quantize_tokens(x: jax.Array, static, format: str, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Codes [B, T, K, H] and scales [B, T, K] of tokens; a token that is not finite gets a scale of NaN."""
     x = x.astype(jnp.float32)
+    finite = jnp.all(jnp.isfinite(x), axis=-1)
     absmax = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), SMALLEST_ABSMAX)
-    absmax = jnp.where(jnp.all(jnp.isfinite(x), axis=-1), absmax, jnp.nan)
+    if static is not None:
+        absmax = jnp.broadcast_to(static, absmax.shape)
+        x = jnp.clip(x, -absmax[..., None], absmax[..., None])  # NaN stays
+    absmax = jnp.where(finite, absmax, jnp.nan)
     if format not in EIGHT_BIT:
         return x.astype(dtype), absmax
     codes = x * (EIGHT_BIT[format] / absmax)[..., None]

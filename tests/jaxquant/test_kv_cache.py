@@ -142,6 +142,25 @@ def test_attention_over_the_cache_is_attention_over_its_floats(rng, format):
         np.testing.assert_allclose(attend(cache, query)[b], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("format", ["int8", "float8_e4m3fn"])
+def test_static_scales(rng, format):
+    """A token has its head's scale: larger ones than in calibration are clipped, one that is not finite is not hidden."""
+    key, value = tokens(rng, 1, 8)
+    absmax = jnp.array([1.0, 9.0]), jnp.array([2.0, 9.0])
+    cache = KVCache.init(
+        1, 32, HEADS, DIM, format=format, dtype=jnp.float32, key_absmax=absmax[0], value_absmax=absmax[1]
+    )
+    cache = append(cache, key, value)
+    got = np.asarray(dequantize(cache)[0]), np.asarray(dequantize(cache)[1]).swapaxes(2, 3)
+    for x, original, largest in zip(got, (key, value), absmax, strict=True):
+        largest = np.asarray(largest)[None, :, None, None]
+        clipped = np.clip(np.asarray(original).swapaxes(1, 2), -largest, largest)
+        step = largest / 254 if format == "int8" else np.maximum(np.abs(clipped), largest / 448 * 2**-6) / 16
+        assert (np.abs(x[:, :, :8] - clipped) <= step * 1.001).all()
+    assert (np.abs(np.asarray(key)[..., 0, :]) > 1).any()
+    assert np.isnan(attend(append(cache, key.at[0, 3, 0, 5].set(jnp.inf), value), jnp.ones((1, 4, DIM)))).any()
+
+
 def test_layers_scan_over_stacked_caches(rng):
     key, value = tokens(rng, 2, 8)
     one = KVCache.init(2, 32, HEADS, DIM)
@@ -177,6 +196,10 @@ def test_bad_input_is_named(rng):
         KVCache.init(1, 70, 2, 32, format="int4")
     with pytest.raises(ValueError, match="groups of 32"):
         KVCache.init_paged(1, 64, 2, 32, pages=4, page_size=16, format="int4")
+    with pytest.raises(ValueError, match="value_absmax: static scales"):
+        KVCache.init(1, 64, 2, 32, key_absmax=jnp.ones(2))
+    with pytest.raises(ValueError, match="key_absmax: static scales"):
+        KVCache.init(1, 64, 2, 32, format="int4", key_absmax=jnp.ones(2), value_absmax=jnp.ones(2))
     cache = KVCache.init(2, 64, HEADS, DIM)
     key, value = tokens(rng, 2, 3)
     with pytest.raises(ValueError, match="value must be floating"):
