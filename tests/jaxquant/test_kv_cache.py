@@ -144,7 +144,7 @@ def test_attention_over_the_cache_is_attention_over_its_floats(rng, format):
 
 @pytest.mark.parametrize("format", ["int8", "float8_e4m3fn"])
 def test_static_scales(rng, format):
-    """A token has its head's scale: larger ones than in calibration are clipped, one that is not finite is not hidden."""
+    """A token has its head's scale: larger ones than in calibration are clipped, what is not finite shows."""
     key, value = tokens(rng, 1, 8)
     absmax = jnp.array([1.0, 9.0]), jnp.array([2.0, 9.0])
     cache = KVCache.init(
