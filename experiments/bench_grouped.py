@@ -12,6 +12,7 @@ with 8-bit activations).
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import pathlib
@@ -49,7 +50,7 @@ def main():
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--checks", action="store_true", help="the strained group sizes, verified only")
     parser.add_argument("--sweep", action="store_true", help="several configurations of each problem")
-    parser.add_argument("--xla", action="store_true", help="XLA's ragged_dot in bfloat16 too (one layer, few tokens)")
+    parser.add_argument("--peers", action="store_true", help="bfloat16 too: XLA's ragged_dot (8 experts), tokamax's")
     parser.add_argument("--formats", default="w4a16")
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
@@ -82,8 +83,10 @@ def items(arguments) -> list[dict]:
         item = {"shape": layer, "m": m, "format": form, "activation": arguments.activation}
         cuts = candidates(layer, m, form) if arguments.sweep else [None]
         found += [item | {"config": cut} for cut in cuts]
-        if arguments.xla and layer == "mixtral-8x7b" and m <= 256:
-            found.append(item | {"ragged_dot": True})
+        if arguments.peers and LAYERS[layer][0] == 8 and m <= 256:  # it multiplies every row by every expert
+            found.append(item | {"peer": "XLA"})
+        if arguments.peers and importlib.util.find_spec("tokamax"):
+            found.append(item | {"peer": "tokamax"})
     return found
 
 
@@ -129,8 +132,8 @@ def measure(item: dict) -> dict:
     weight_bytes = k * n * (0.5 if weight_dtype == jnp.int32 else 1) + 2 * groups * n
     moved = hit * weight_bytes + rows * (jnp.dtype(x_dtype).itemsize * k + (n if activation else 2 * n))
     result = {"hit": hit, "floor": max(moved / READ[jax.devices()[0].device_kind], 2 * rows * k * n / flop) * 1e6}
-    if item.get("ragged_dot"):
-        return result | _time_ragged_dot(routings[0], k, n)
+    if item.get("peer"):
+        return result | _time_peer(item["peer"], routings[0], k, n)
     usual = default_config(rows, experts, k, n, groups, x_dtype, weight_dtype)
     config = Config(**item["config"]) if item.get("config") else usual
     product = functools.partial(grouped_matmul, implementation="mosaic_gpu", config=config, activation=activation)
@@ -261,12 +264,22 @@ def _check_sizes(sizes) -> dict:
     return {"error": f"wrong: {errors}"} if errors else {"checked": 2 * len(cuts)}
 
 
-def _time_ragged_dot(sizes, k: int, n: int) -> dict:
-    """XLA's own grouped product of bfloat16 weights."""
-    x = jax.random.normal(jax.random.key(0), (int(sizes.sum()), k), jnp.bfloat16)
-    weight = jax.random.normal(jax.random.key(1), (len(sizes), k, n), jnp.bfloat16)
-    compiled = jax.jit(jax.lax.ragged_dot).lower(x, weight, jnp.asarray(sizes)).compile()
+def _time_peer(peer: str, sizes, k: int, n: int) -> dict:
+    """A peer's grouped product of bfloat16 weights."""
+    if peer == "XLA":
+        product = jax.lax.ragged_dot
+    else:
+        import tokamax
+
+        product = functools.partial(tokamax.ragged_dot, implementation="mosaic")
+    operands = (
+        jax.ShapeDtypeStruct((int(sizes.sum()), k), jnp.bfloat16),
+        jax.ShapeDtypeStruct((len(sizes), k, n), jnp.bfloat16),
+        jax.ShapeDtypeStruct(sizes.shape, jnp.int32),
+    )
+    compiled = jax.jit(product).lower(*operands).compile()
     with _workers.device_turn():
+        x, weight = (jax.random.normal(jax.random.key(i), operands[i].shape, jnp.bfloat16) for i in range(2))
         total, _ = microseconds_of_each_kernel(compiled, (x, weight, jnp.asarray(sizes)), iterations=5)
     return {"us": total}
 
@@ -278,8 +291,8 @@ def line(row: dict) -> str:
         return head + f"{row.get('config') or ''} {row['error']}"
     if "checked" in row:
         return head + f"{row['checked']} cuts right"
-    if row.get("ragged_dot"):
-        return head + f"XLA ragged_dot bf16 {row['us']:.1f} us"
+    if row.get("peer"):
+        return head + f"{row['us']:9.1f} us: {row['peer']}'s ragged_dot, bfloat16"
     cut, share = row["ran"].removeprefix("Config"), row["floor"] / row["us"]
     return head + (
         f"{row['us']:9.1f} us (kernel {row['kernel']:9.1f}), floor {row['floor']:7.1f} = {share:4.0%}, "
