@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant._calibrate import arguments_of
-from jaxquant._ops import attention
+from jaxquant._kernels import attention
 
 MODES = ("int8_fp8", "int8_f16")  # the fastest first
 _OPTIONS = {

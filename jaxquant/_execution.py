@@ -7,10 +7,12 @@ from typing import Any, Literal
 import jax
 from jax.extend import core
 
-from jaxquant import _ops, _packed, _views
+from jaxquant import _packed, _views
 from jaxquant._interpreter import Frame, Interpreter, Value, result_of
+from jaxquant._launches import multiply_siblings
 from jaxquant._norms import rms_norm_of
 from jaxquant._outliers import view_weight
+from jaxquant._packing import plain
 from jaxquant._qarray import QArray
 from jaxquant._siblings import in_steps
 from jaxquant._views import Unrepresentable
@@ -71,7 +73,7 @@ class Execution(Interpreter):
                 frame.region.shared["norm", id(x)] = x, rms_norm_of(frame, atom)
         for x, products in siblings.values():
             if len(products) > 1:
-                _ops.multiply_siblings(x, products, frame.region.shared)
+                multiply_siblings(x, products, frame.region.shared)
         return super().apply_step(frame, eqns)
 
     def apply(self, frame: Frame, eqn: core.JaxprEqn, values: list[Value]) -> Sequence[Value]:
@@ -102,7 +104,7 @@ class Execution(Interpreter):
         """Gives every leaf the leading dimension in full."""
 
         def with_leading(q: QArray) -> QArray:
-            return _views.with_leading(q if _packed.stack_dims(q) else _ops.plain(q))
+            return _views.with_leading(q if _packed.stack_dims(q) else plain(q))
 
         try:
             if isinstance(value, Shifted):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant._ops import kv_layout
+from jaxquant._kernels import kv_layout
 
 SCALE_DTYPE = jnp.float16
 

@@ -6,17 +6,10 @@ from typing import Literal, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 
-from jaxquant._ops import (
-    GROUPED,
-    Quantized,
-    dot_general,
-    grouped_product,
-    interleave,
-    plain,
-    ragged_dot,
-    ragged_implementation,
-    separate,
-)
+from jaxquant._grouped import GROUPED, grouped_product, ragged_dot, ragged_implementation
+from jaxquant._kernels import interleave, separate
+from jaxquant._ops import dot_general
+from jaxquant._packing import Quantized, plain
 from jaxquant._qarray import QArray
 from jaxquant._views import refine
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from jaxquant._ops import is_packed, pack_array, packing_refusal, plain
+from jaxquant._packing import is_packed, pack_array, packing_refusal, plain
 from jaxquant._tree import is_quantized
 
 TARGETS = ("h200", "plain")

@@ -16,8 +16,8 @@ from jaxquant._infer import infer_axes
 from jaxquant._lazy import load_leaf
 from jaxquant._numerics import all_finite
 from jaxquant._observe import Watch
-from jaxquant._ops import plain
 from jaxquant._outliers import dequantize_weight
+from jaxquant._packing import plain
 from jaxquant._qarray import QArray, quantize_array
 from jaxquant._report import WeightReport, show_progress
 from jaxquant._resume import Finished, open_finished

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant import _ops
 from jaxquant._arguments import Form, split_arguments
 from jaxquant._execution import Execution, OnDense, Use
+from jaxquant._packing import is_packed, packing_refusal
 from jaxquant._qarray import QArray
 from jaxquant._rules import NO_RULE, Assignment, assign
 from jaxquant._spec import QuantConfig
@@ -187,7 +187,7 @@ def explain(fn: Callable[..., Any], *args: Any, config: QuantConfig | None = Non
     jax.eval_shape(trace, arrays)
     weights = {path: a for path, a in zip(form.paths, arrays, strict=True) if is_quantized(a)}
     counts = Counter(uses.values())
-    some_packed = any(map(_ops.is_packed, weights.values()))
+    some_packed = any(map(is_packed, weights.values()))
     rows = [
         (path, q.qtype, q.bits, q.shape, use.op, use.implementation, _reason(use, q, some_packed), n)
         for use, n in counts.items()
@@ -201,9 +201,9 @@ def _reason(use: Use, weight: Any, some_packed: bool) -> str:
     """A use's own reason; in a packed tree, also why XLA multiplies this weight."""
     if use.reason or use.implementation != "xla" or not some_packed:
         return use.reason
-    if _ops.is_packed(weight):
+    if is_packed(weight):
         return "unpacked in the program: this use or a view before it has no form in its packed layout"
-    return _ops.packing_refusal(weight) or "not packed"
+    return packing_refusal(weight) or "not packed"
 
 
 def _left_in_float(args: tuple, kwargs: dict, config: QuantConfig | None) -> list[tuple[str, str, str]]:

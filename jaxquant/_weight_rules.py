@@ -11,8 +11,11 @@ from jax.extend import core
 from jaxquant import _ops, _packed, _views
 from jaxquant._activation import Dims
 from jaxquant._convolution import convolution, convolution_refusal
+from jaxquant._grouped import ragged_dot, ragged_implementation
 from jaxquant._interpreter import Frame, Value, bind, result_of
+from jaxquant._lookup import take_rows
 from jaxquant._outliers import OutlierArray, multiply_weight, view_weight
+from jaxquant._packing import plain
 from jaxquant._qarray import QArray
 from jaxquant._views import Unrepresentable
 from jaxquant._weights import Shifted, Weight
@@ -96,7 +99,7 @@ def _gather(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) ->
         if dim < len(q.lead) and len(q.trailing) > 1:  # whole matrices, as an expert's: they stay quantized
             taken = view_weight(q, lambda part: _permuted(_taken(part, indices, dim, mode), order))
             return [Weight(taken, weight.path)]
-        rows = _ops.take_rows(q, indices, dim, mode)
+        rows = take_rows(q, indices, dim, mode)
     except (Unrepresentable, NotImplementedError) as error:
         return str(error)
     run.record(frame, eqn, weight.path, "xla")
@@ -116,10 +119,10 @@ def _ragged(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) ->
         return "only [M, K] x [E, K, N] ragged products have a quantized form"
     try:
         dtype = result_of(eqn).dtype
-        result = _ops.ragged_dot(lhs, rhs.array, group_sizes, dtype)
+        result = ragged_dot(lhs, rhs.array, group_sizes, dtype)
     except NotImplementedError as error:
         return str(error)
-    run.record(frame, eqn, rhs.path, *_ops.ragged_implementation(rhs.array, lhs.dtype, dtype))
+    run.record(frame, eqn, rhs.path, *ragged_implementation(rhs.array, lhs.dtype, dtype))
     return [result]
 
 
@@ -130,7 +133,7 @@ def _convolve(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) 
     if isinstance(kernel.array, OutlierArray):
         return "convolutions have no form for outlier channels"
     try:
-        q = _ops.plain(kernel.array)
+        q = plain(kernel.array)
         why = convolution_refusal(q, eqn.params)
         result = None if why else convolution(x, q, eqn.params, result_of(eqn).dtype)
     except Unrepresentable as error:
@@ -215,7 +218,7 @@ def _view(make: View) -> Callable:
             parts = rule(run, frame, eqn, [value.weight, *rest])
             return parts if isinstance(parts, str) else [Shifted(p, d) for p, d in zip(parts, delta, strict=True)]
         try:
-            made = view_weight(value.array, lambda q: make(q if _survives(q, eqn) else _ops.plain(q), eqn, rest))
+            made = view_weight(value.array, lambda q: make(q if _survives(q, eqn) else plain(q), eqn, rest))
         except Unrepresentable as error:
             return str(error)
         except ValueError as error:
@@ -241,11 +244,11 @@ def _survives(q: QArray, eqn: core.JaxprEqn) -> bool:
 
 def _permuted(q: QArray, order: Sequence[int]) -> QArray:
     packed = None if q.layout == "plain" else _packed.transposed(q, order)
-    return _views.transpose(_ops.plain(q), order) if packed is None else packed
+    return _views.transpose(plain(q), order) if packed is None else packed
 
 
 def _taken(q: QArray, indices: jax.Array, dim: int, mode: Any) -> QArray:
-    return _views.take(q if dim < _packed.stack_dims(q) else _ops.plain(q), indices, dim, mode)
+    return _views.take(q if dim < _packed.stack_dims(q) else plain(q), indices, dim, mode)
 
 
 def _convert(q: QArray, eqn: core.JaxprEqn, _: list) -> QArray:
@@ -256,7 +259,7 @@ def _convert(q: QArray, eqn: core.JaxprEqn, _: list) -> QArray:
 
 def _reshape(q: QArray, eqn: core.JaxprEqn, _: list) -> QArray:
     packed = None if q.layout == "plain" else _packed.reshaped(q, result_of(eqn).shape)
-    return _views.reshape(_ops.plain(q), result_of(eqn).shape) if packed is None else packed
+    return _views.reshape(plain(q), result_of(eqn).shape) if packed is None else packed
 
 
 def _slice(q: QArray, eqn: core.JaxprEqn, _: list) -> QArray:
@@ -274,7 +277,7 @@ def _dynamic_slice(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: l
         dim = sizes.index(1)
         if value.array.shape[dim] > 1 and sizes[1 - dim] == value.array.shape[1 - dim]:
             try:
-                row = _ops.take_rows(value.array, jnp.asarray(starts[dim])[None], dim, "clip")
+                row = take_rows(value.array, jnp.asarray(starts[dim])[None], dim, "clip")
             except (Unrepresentable, NotImplementedError) as error:
                 return str(error)
             run.record(frame, eqn, value.path, "xla")
@@ -311,7 +314,7 @@ def _barrier(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) -
 def _concatenate(run: "Execution", frame: Frame, eqn: core.JaxprEqn, values: list) -> Sequence[Value] | str:
     if not all(isinstance(value, Weight) for value in values):
         return "it joins quantized and float weights"
-    parts = [_ops.plain(value.array) for value in values if isinstance(value.array, QArray)]
+    parts = [plain(value.array) for value in values if isinstance(value.array, QArray)]
     if len(parts) < len(values):
         return "it joins weights that have outlier channels"
     try:

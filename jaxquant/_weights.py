@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant import _ops, _views
+from jaxquant import _views
 from jaxquant._outliers import OutlierArray, dequantize_weight
+from jaxquant._packing import plain
 from jaxquant._qarray import QArray
 
 
@@ -59,8 +60,8 @@ jax.tree_util.register_dataclass(Shifted, data_fields=["weight", "delta", "facto
 def dense(value: Weight | Shifted) -> jax.Array:
     """The float array that a weight, or a sum with one, stands for."""
     if isinstance(value, Weight):
-        return dequantize_weight(_ops.plain(value.array))
-    weight = dequantize_weight(_ops.plain(value.weight.array))
+        return dequantize_weight(plain(value.array))
+    weight = dequantize_weight(plain(value.weight.array))
     return weight + value.total_delta(weight.dtype)
 
 
@@ -108,7 +109,7 @@ def _cut_outliers(w: OutlierArray, path: str, names: list, base: Cut) -> Cut | N
 
 
 def _cut_base(array: QArray, path: str, names: list, mesh: Any) -> Cut | None:
-    q = _ops.plain(array)
+    q = plain(array)
     cuts = [math.prod(mesh.shape[n] for n in ((s,) if isinstance(s, str) else s or ())) for s in names]
     packed = _views.packed_dim(q)
     aligned = q.padded == q.shape[packed] and (not q.format.packed or q.padded // cuts[packed] % 8 == 0)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = ("pallas_kernels", "jaxquant", "experiments")
-DOOR = pathlib.Path("jaxquant/_ops.py")
+DOOR = pathlib.Path("jaxquant/_kernels.py")
 
 # These import names belong to distributions of other names.
 IMPORT_NAMES = {"orbax-checkpoint": "orbax"}

@@ -8,7 +8,7 @@ import pytest
 
 import jaxquant as jq
 from experiments.models.decoder import RMSNorm
-from jaxquant import _ops
+from jaxquant import _rows
 from jaxquant._interpreter import Frame, Region
 from jaxquant._norms import rms_norm_of
 
@@ -93,8 +93,8 @@ def test_norm_and_rounding_are_one_pass_for_all_siblings(rng, x, monkeypatch, no
         calls.append(options.get("epsilon"))
         return quantize(x, **options)
 
-    quantize = _ops.activation_quant
-    monkeypatch.setattr(_ops, "activation_quant", watched)
+    quantize = _rows.activation_quant
+    monkeypatch.setattr(_rows, "activation_quant", watched)
     weights = [jnp.asarray(rng.normal(size=(SIZE, n)), jnp.bfloat16) for n in (128, 64)]
     config = jq.QuantConfig.preset(preset)
     with jax.numpy_dtype_promotion("standard"):

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant._ops import dot_general, ragged_dot, take
+from jaxquant._grouped import ragged_dot
+from jaxquant._lookup import take
+from jaxquant._ops import dot_general
 from jaxquant._qarray import QArray, dequantize_array, from_codes, quantize_array
 from jaxquant._quantized import einsum
 from jaxquant._spec import PRESETS, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, TensorSpec
