@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-UNROLLED = 4  # rows written out: one alone is some kernel launches, and a longer text compiles slowly
+UNROLLED = 8  # rows written out: one alone is some kernel launches, and a longer text compiles slowly
 
 Visit = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
 

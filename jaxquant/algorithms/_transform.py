@@ -220,7 +220,7 @@ def find_cells(
         if importance is None:
             shrink = search_shrink(w, low, high, spec)
         else:
-            shrink = search_shrink(w, low, high, spec, jax.lax.expand_dims(importance, [1]), norm=2.0)
+            shrink = search_shrink(w, low, high, spec, jax.lax.expand_dims(importance, [1]), norm=2.0, at_once=8)
         low, high = low * shrink, high * shrink
     return range_to_scale(low, high, spec)
 
