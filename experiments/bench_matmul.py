@@ -176,7 +176,7 @@ def _mosaic_in_torch(seed: int, x, k: int, n: int) -> float:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from experiments import _clock
-    from pallas_kernels.int4_matmul.config import default_config
+    from pallas_kernels.int4_matmul import default_config
     from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu
 
     config = default_config(x.shape[0], k, n, k // GROUP)

@@ -43,7 +43,7 @@ def verify_items() -> list[dict]:
 
 def sweep_items(shapes: list[str], tokens: list[int], forms: list[str]) -> list[dict]:
     """What the cost model likes best for each problem."""
-    from pallas_kernels.int4_matmul.config import candidates, predicted_microseconds, predicted_microseconds_of_codes
+    from pallas_kernels.int4_matmul.choice import candidates, predicted_microseconds, predicted_microseconds_of_codes
 
     queues = []
     for shape, m, form in ((s, m, f) for m in tokens for s in shapes for f in forms):

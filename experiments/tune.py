@@ -13,7 +13,8 @@ import pathlib
 
 from pallas_kernels.int4_matmul import cases
 from pallas_kernels.int4_matmul.cases import SHAPES
-from pallas_kernels.int4_matmul.config import Config, candidates, predicted_microseconds
+from pallas_kernels.int4_matmul.choice import candidates, predicted_microseconds
+from pallas_kernels.int4_matmul.config import Config
 
 TABLE = pathlib.Path(cases.__file__).parent / "tuned.json"
 GROUP = 128

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import jax
 
-from pallas_kernels.int4_matmul.config import Config, default_config, supports
+from pallas_kernels.int4_matmul.choice import default_config
+from pallas_kernels.int4_matmul.config import Config, supports
 from pallas_kernels.int4_matmul.core import Implementation, Int4Weight, packed_matmul
 from pallas_kernels.int4_matmul.layout import pack, unpack
 from pallas_kernels.int4_matmul.reference import dequantize

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.int4_matmul.config import Config, default_config, supports
+from pallas_kernels.int4_matmul.choice import default_config
+from pallas_kernels.int4_matmul.config import Config, supports
 from pallas_kernels.int4_matmul.formats import FORMATS
 from pallas_kernels.int4_matmul.layout import TILE
 from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu

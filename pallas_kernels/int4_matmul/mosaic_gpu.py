@@ -6,11 +6,12 @@ and the tokens its flexible side (8 to 256). One kernel serves both regimes; a `
 - A persistent block walks over tiles of `block_m` tokens by `block_n` outputs. One warp drives the copy engine
   through a ring of stages that runs on across tiles, so that memory never idles at a tile's end; each compute
   warpgroup owns 64 of the outputs.
-- Few tokens (memory-bound): codes enter the product as integers and each group's product is scaled after it. The
-  blocks of a cluster split K; their partial sums meet in distributed shared memory and are added in a fixed order.
-- Many tokens (compute-bound): weights are scaled before the product, and the unpacking of one tile runs under the
-  product of the one before. Blocks of a cluster that lie side by side share x: each fetches a part of it for all.
-
+- What the product is, and where scales come in, is the matter of `products`: other formats of weights and 8-bit
+  activations differ there and in the unpacking only.
+- Few tokens (memory-bound): the blocks of a cluster split K; their partial sums meet in distributed shared memory and
+  are added in a fixed order.
+- Many tokens (compute-bound): the unpacking of one tile runs under the product of the one before. Blocks of a cluster
+  that lie side by side share x: each fetches a part of it for all.
 - Several weights that take the same x (q, k and v) are one launch: their output tiles are counted on from one weight
   to the next, so that a block finds more to do before it ends.
 

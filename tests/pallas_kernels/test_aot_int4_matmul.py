@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels._aot import compile_for_h200
 from pallas_kernels.int4_matmul import Config, Int4Weight, default_config, int4_matmul, int4_matmul_many
 from pallas_kernels.int4_matmul.cases import SHAPES, TOKENS
-from pallas_kernels.int4_matmul.config import tuned_entries
+from pallas_kernels.int4_matmul.choice import tuned_entries
 
 pytestmark = pytest.mark.aot
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.int4_matmul import Config, Int4Weight, default_config, int4_matmul, int4_matmul_many, pack, supports
-from pallas_kernels.int4_matmul.config import SHARED_MEMORY_BYTES, candidates, predicted_microseconds, tuned_entries
+from pallas_kernels.int4_matmul.choice import candidates, predicted_microseconds, tuned_entries
+from pallas_kernels.int4_matmul.config import SHARED_MEMORY_BYTES
 
 # The weight and the output are each rounded once to x's 8 significant bits: half an eps of its own size each.
 EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
