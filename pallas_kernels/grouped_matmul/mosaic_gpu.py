@@ -48,7 +48,7 @@ def grouped_matmul_mosaic_gpu(
         if vector is not None:  # a tile at the end reads on
             refs[name] = jnp.pad(vector.astype(jnp.float32).reshape(-1), (0, config.block_m))
     plan = _Plan(rows, x, qweight, scale, zero_point is not None, activation, out_dtype, config)
-    refs["tiles"], refs["count"] = tile_map(group_sizes, rows, config)
+    refs["tiles"], refs["slots"] = tile_map(group_sizes, rows, config)
     names = tuple(refs)
     kernel = plgpu.kernel(
         lambda *args: _body(plan, dict(zip(names, args[:-1], strict=True)), args[-1]),
@@ -160,7 +160,9 @@ def _for_each_tile(plan: _Plan, refs, visit):
     The position counts the stages of the ring that have gone by. Returns the last one.
     """
     block = lax.axis_index("block")
-    count = lax.div(refs["count"][0] * plan.n_tiles - block + plan.num_blocks - 1, jnp.int32(plan.num_blocks))
+    count = lax.div(
+        refs["slots"][plan.num_experts] * plan.n_tiles - block + plan.num_blocks - 1, jnp.int32(plan.num_blocks)
+    )
 
     def step(i, position):
         tile, column = find_tile(refs["tiles"], block + i * plan.num_blocks, plan.n_tiles)

@@ -42,19 +42,17 @@ def tile_map(group_sizes: jax.Array, rows: int, config: Config) -> tuple[jax.Arr
       config: gives the rows of a tile and the length of a strip.
 
     Returns:
-      int32 `[6, bound]`, the fields of `RowTile`, and `[1]`, how many columns of it are tiles.
+      int32 `[6, bound]`, the fields of `RowTile`, and `[E + 1]`, how many tiles there are up to each expert's last.
     """
-    sizes = group_sizes.astype(jnp.int32)
-    sizes = jnp.concatenate([sizes, (rows - jnp.sum(sizes, dtype=jnp.int32))[None]])
-    ends = _running_sum(sizes)
-    low = ends - sizes
+    ends = _running_sum(group_sizes.astype(jnp.int32))
+    low, ends = jnp.pad(ends, (1, 0)), jnp.pad(ends, (0, 1), constant_values=rows)
     first = low // ALIGNMENT
-    counts = jnp.where(sizes > 0, -(-(ends - first * ALIGNMENT) // config.block_m), 0)
-    slot_ends = _running_sum(counts)
+    slots = _running_sum(jnp.where(ends > low, -(-(ends - first * ALIGNMENT) // config.block_m), 0))
     slot = jnp.arange(tile_bound(rows, group_sizes.shape[0], config.block_m), dtype=jnp.int32)
-    expert = jnp.sum(slot[:, None] >= slot_ends[None, :], axis=1, dtype=jnp.int32)
-    expert = jnp.minimum(expert, sizes.shape[0] - 1)
-    inside = slot - (slot_ends - counts)[expert]
+    expert = jnp.sum(slot[:, None] >= slots[None, :], axis=1, dtype=jnp.int32)
+    expert = jnp.minimum(expert, group_sizes.shape[0])
+    before = jnp.where(expert > 0, slots[expert - 1], 0)
+    inside = slot - before
     strip = inside // config.strip * config.strip
     tiles = RowTile(
         expert=expert,
@@ -62,9 +60,9 @@ def tile_map(group_sizes: jax.Array, rows: int, config: Config) -> tuple[jax.Arr
         low=low[expert],
         high=ends[expert],
         head=slot - inside + strip,
-        width=jnp.minimum(counts[expert] - strip, config.strip),
+        width=jnp.minimum(slots[expert] - before - strip, config.strip),
     )
-    return jnp.stack(tiles), slot_ends[-1:]
+    return jnp.stack(tiles), slots
 
 
 def find_tile(tiles, index: jax.Array, n_tiles: int) -> tuple[RowTile, jax.Array]:

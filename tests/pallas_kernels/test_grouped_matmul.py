@@ -171,9 +171,9 @@ def test_tile_bound_is_never_exceeded(rng):
 def test_tiles_cover_every_row_of_its_expert_once(rng):
     @functools.partial(jax.jit, static_argnums=(1, 2, 3))
     def all_tiles(sizes, rows, n_tiles, config):
-        tiles, count = tile_map(sizes, rows, config)
+        tiles, slots = tile_map(sizes, rows, config)
         found, column = jax.vmap(lambda i: find_tile(Columns(tiles), i, n_tiles))(jnp.arange(tiles.shape[1] * n_tiles))
-        return found, column, count[0] * n_tiles
+        return found, column, slots[-1] * n_tiles
 
     for _ in range(4):
         experts, n_tiles = int(rng.integers(1, 12)), int(rng.integers(1, 4))
