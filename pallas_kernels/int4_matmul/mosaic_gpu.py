@@ -56,9 +56,9 @@ def int4_matmul_mosaic_gpu(
     tokens, k = x.shape
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     num_groups = weights[0][1].shape[0]
-    # The copy engine addresses x in tiles of 8 rows by 64 (groups of 32: by 32) inputs, and 32-bit results, whose rows
+    # The copy engine addresses x in tiles of 8 rows by 128 bytes (groups of 32: by 64), and 32-bit results, whose rows
     # the tokens lie along, in tiles of up to 32 columns.
-    depth = TILE if num_groups == 1 else min(TILE, k // num_groups)
+    depth = 128 // x.dtype.itemsize if num_groups == 1 else min(TILE, k // num_groups)
     rows = -tokens % 8 if tokens > 8 else 0
     if out_dtype.itemsize == 4:
         rows = -tokens % (32 if tokens > 32 else 8)
