@@ -129,17 +129,17 @@ def searching(spec: jq.QuantSpec | None, range_: str) -> jq.QuantSpec | None:
 
 
 def learned_trials() -> Iterator[Trial]:
-    """Learned rounding from two starts, by steps, rate, optimizer and size of the block."""
+    """Learned rounding from three starts, by steps, rate and the part of earlier errors that blocks make up for."""
     spec = jq.QuantSpec(weight())
-    for steps, rate, optimizer, cuts in (
-        (200, 5e-3, "sign", 2), (1000, 1e-3, "sign", 2), (1000, 1e-3, "sign", 1), (1000, 1e-3, "sign", 10),
-        (1000, 2e-3, "adam", 2),
+    yield Trial("learned", "compensated", fixed(spec, COMPENSATED))
+    starts = {"compensated": COMPENSATED, "gptq": jq.gptq(), "rtn": jq.rtn()}
+    for start, steps, rate, strength in (
+        ("compensated", 200, 1e-3, 0.5), ("compensated", 1000, 1e-3, 0.5), ("compensated", 200, 5e-3, 0.5),
+        ("rtn", 200, 5e-3, 1.0), ("rtn", 1000, 2e-3, 0.5), ("gptq", 1000, 1e-3, 0.5), ("compensated", 200, 1e-3, 1.0),
     ):  # fmt: skip
-        learned = jq.learned_rounding(steps=steps, learning_rate=rate, optimizer=optimizer, cuts=cuts)
-        setting = f"{optimizer} {steps} x {rate:g}, {cuts} cuts"
-        yield Trial("learned", f"compensated + {setting}", fixed(spec, jq.chain(COMPENSATED, learned)))
-        if (steps, cuts, optimizer) in ((200, 2, "sign"), (1000, 2, "sign")):
-            yield Trial("learned", f"rtn + {setting}", fixed(spec, learned))
+        learned = jq.learned_rounding(steps=steps, learning_rate=rate, strength=strength)
+        name = f"{start} + {steps} steps of {rate:g}, strength {strength}"
+        yield Trial("learned", name, fixed(spec, jq.chain(starts[start], learned)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -174,7 +174,8 @@ def measure(
     seconds = time.perf_counter() - start
     forward = model.forward
     evaluated = jq.dequantize(qparams)  # the same function, compiled once for all trials
-    if any(rule.spec.activation for rule in config.rules) or (config.default and config.default.activation):
+    specs = [config.default, *(rule.spec for rule in config.rules)]
+    if any(spec and spec.activation for spec in specs):
         forward, evaluated = jq.quantized(forward, on_dense="error"), qparams
     kl = divergences(reference, forward, params, evaluated, held_out)
     return {

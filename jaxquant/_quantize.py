@@ -112,8 +112,7 @@ def quantize(
     job = Job(config.algorithm, assignments, unseen, emit, kept)
     if walked and apply_fn is not None:
         tuning = config.algorithm.tuning if config.algorithm is not None else None
-        cuts = None if tuning is None else tuning.cuts
-        done = walk_model(apply_fn, params, batches, watches, job, offload=offload, cuts=cuts)
+        done = walk_model(apply_fn, params, batches, watches, job, offload=offload, tuning=tuning)
         seen = Calibration({}, {})
     else:
         done = {path: weight for path in watches if (weight := job.restore(path)) is not None}

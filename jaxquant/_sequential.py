@@ -14,6 +14,7 @@ from jaxquant._plan import plan_walk
 from jaxquant._tree import map_named, named_leaves
 from jaxquant._tuned_walk import TunedWalk
 from jaxquant._walk import Inputs, Quantizer, Walk, stack_units
+from jaxquant.algorithms._transform import BlockTuning
 
 
 def walk_model(
@@ -24,7 +25,7 @@ def walk_model(
     quantizer: Quantizer,
     *,
     offload: bool = False,
-    cuts: int | None = None,
+    tuning: BlockTuning | None = None,
 ) -> dict[str, Any]:
     """Quantizes each watched weight when the walk reaches it.
 
@@ -35,7 +36,7 @@ def walk_model(
         watches: what to gather, by path.
         quantizer: makes quantized weights.
         offload: whether activations wait in the host's memory.
-        cuts: how many cuts the blocks reach over whose weights are trained together, or None to train none.
+        tuning: how the weights of a block are trained together, or None to train none.
 
     Returns:
         The quantized weights by path.
@@ -61,7 +62,7 @@ def walk_model(
     check_reached(watches, {unit.path: unit for meet in plan.meets for unit in meet.units})
     parameters = {path: leaf for path, leaf in named_leaves(params) if hasattr(leaf, "shape")}
     start = (flat, plan, watches, Inputs(parameters, lanes, offload), quantizer)
-    done = (Walk(*start) if cuts is None else TunedWalk(*start, cuts=cuts)).run()
+    done = (Walk(*start) if tuning is None else TunedWalk(*start, tuning=tuning)).run()
     check_reached(watches, {unit.path: unit for unit in done})  # a branch may hold a weight and never multiply it
     return {path: stack_units(done, path, watch.shape) for path, watch in watches.items()}
 

@@ -16,6 +16,7 @@ from jaxquant._plan import Unit
 from jaxquant._segments import print_part
 from jaxquant._tree import is_quantized
 from jaxquant._walk import COMMON, FLOAT, LANE, QUANTIZED, WEIGHT, Quantizer, Walk
+from jaxquant.algorithms._transform import BlockTuning
 
 
 class Trainer(Quantizer, Protocol):
@@ -52,16 +53,16 @@ class TunedWalk(Walk):
 
     quantizer: Trainer
 
-    def __init__(self, *args: Any, cuts: int) -> None:
-        """Takes what a walk takes, and how many cuts a block reaches over."""
-        self.cuts = cuts
+    def __init__(self, *args: Any, tuning: BlockTuning) -> None:
+        """Takes what a walk takes, and how blocks are trained."""
+        self.tuning = tuning
         self.runs: dict[Any, Callable] = {}
         super().__init__(*args)
 
     @functools.cached_property
     def blocks(self) -> list[Block]:
         """The blocks of the program."""
-        return find_blocks(self.body, self.plan, lambda var: self.kinds[var] == LANE, self.cuts)
+        return find_blocks(self.body, self.plan, lambda var: self.kinds[var] == LANE, self.tuning.cuts)
 
     def ends(self) -> tuple[core.Var, ...]:
         """The last block's outputs."""
@@ -120,12 +121,13 @@ class TunedWalk(Walk):
         def lanes(stream: int, place: int) -> list:
             return [self.lanes[var][stream][place] for var in program.read[LANE]]
 
-        def outputs(stream: int) -> list[list]:
-            weights = [self.weight(var, stream) for var in program.read[WEIGHT]]
-            values = [segment(weights, common, lanes(stream, place)) for place in places]
+        def outputs(weights_of: int, lanes_of: int) -> list[list]:
+            weights = [self.weight(var, weights_of) for var in program.read[WEIGHT]]
+            values = [segment(weights, common, lanes(lanes_of, place)) for place in places]
             return jax.device_get(values) if self.inputs.offload else values
 
-        targets = outputs(FLOAT)
+        exact, near = outputs(FLOAT, FLOAT), outputs(FLOAT, QUANTIZED)
+        targets = [_between(*pair, self.tuning.strength) for pair in zip(near, exact, strict=True)]
         fixed = [self.dense(var) for var in program.read[WEIGHT] if self.plan.born[var].unit not in units]
         inputs = [(fixed, common, lanes(QUANTIZED, place)) for place in places]
         floats = [self.float_unit(unit) for unit in units]
@@ -134,7 +136,7 @@ class TunedWalk(Walk):
         self.done.update({unit: trained[str(unit)] for unit in units})
         unused = [self.body.eqns[n] for n in self.slice_to(program.outs)]
         if block is not self.blocks[-1]:
-            after = [outputs(QUANTIZED), targets]
+            after = [outputs(QUANTIZED, QUANTIZED), exact]
             self.lanes |= {var: [[outs[n] for outs in s] for s in after] for n, var in enumerate(program.outs)}
         for eqn in unused:
             if self.kinds[eqn.outvars[0]] != WEIGHT:
@@ -165,6 +167,15 @@ class TunedWalk(Walk):
             return evaluate(*held, *common, *lanes)
 
         return self.runs.setdefault((key, str(places), str(dims)), run)
+
+
+@jax.jit
+def _between(near: list[jax.Array], far: list[jax.Array], part: float) -> list[jax.Array]:
+    """Arrays a part of the way from some to others."""
+    return [
+        (a.astype(jnp.float32) * (1 - part) + b.astype(jnp.float32) * part).astype(a.dtype)
+        for a, b in zip(near, far, strict=True)
+    ]
 
 
 def units_of(block: Block) -> list[Unit]:

@@ -77,12 +77,14 @@ class BlockTuning:
         steps: gradient steps, each on one calibration batch.
         learning_rate: of the first step; it falls linearly to zero.
         optimizer: `"sign"` or `"adam"`.
+        strength: the part of its inputs' deviation that a block makes up for.
     """
 
     cuts: int
     steps: int
     learning_rate: float
     optimizer: str
+    strength: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,10 @@ Differs from the papers in:
    calibration tokens; AutoRound starts from round-to-nearest.
 3. One gain for each scale cell, with zero points fixed, where AutoRound trains both ends of the range.
 4. Rounding is hard with a straight-through gradient (AutoRound), not AdaRound's annealed sigmoid.
-5. Where a block's activations are rounded too, training sees them in float.
+5. The target lies half way between the float block's outputs on the quantized and on the float model's activations:
+   making up for all that went before follows the calibration tokens too closely (see `compensate`). AutoRound takes
+   the float model's outputs, `strength=1`.
+6. Where a block's activations are rounded too, training sees them in float.
 
 Symbols: V [K, N] offsets within +-1/2, g gains of the scale grid, D [K, N] = weight - its rounding.
 
@@ -76,19 +79,22 @@ def learned_rounding(
     learning_rate: float = 0.005,
     optimizer: Literal["sign", "adam"] = "sign",
     cuts: int = 2,
+    strength: float = 0.5,
 ) -> WeightTransform:
     """Trains rounding offsets and scale gains on the output of a block of layers, or of each layer alone.
 
     Args:
-        output: `"block"` trains the weights of a block together, on the quantized model's inputs, towards the float
-            model's outputs; it needs a sequential pass with the float model beside it. `"layer"` trains each weight on
-            its own output error.
+        output: `"block"` trains the weights of a block together, on the quantized model's activations, towards the
+            float block's outputs; it needs a sequential pass with the float model beside it. `"layer"` trains each
+            weight on its own output error.
         steps: gradient steps, each on one calibration batch (`"layer"`: on all tokens); the learning rate falls
             linearly to zero over them.
         learning_rate: of the first step, in units of one code for offsets.
         optimizer: `"sign"` steps by the gradient's sign (AutoRound), `"adam"` by Adam.
         cuts: how far a block reaches: to the `cuts`-th place behind it through which a single array carries all that
             follows. Two are a transformer's layer, attention and MLP; one trains the two apart.
+        strength: how much of what its inputs deviate by a block makes up for: 0 trains towards what the float block
+            makes of the quantized model's activations, 1 towards what it makes of the float model's (AutoRound).
 
     Returns:
         The transform; it rounds, from the codes of the transform before it if that rounds. Put it last in a chain.
@@ -107,8 +113,10 @@ def learned_rounding(
         raise ValueError(f"learned_rounding: optimizer {optimizer!r}; accepted: 'sign', 'adam'")
     if output not in ("block", "layer"):
         raise ValueError(f"learned_rounding: output {output!r}; accepted: 'block', 'layer'")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"learned_rounding: strength must lie in [0, 1], got {strength!r}")
     if output == "block":
-        tuning = BlockTuning(cuts, steps, learning_rate, optimizer)
+        tuning = BlockTuning(cuts, steps, learning_rate, optimizer, strength)
         return WeightTransform("learned_rounding", frozenset({"block"}), _round_first, tuning=tuning)
     options = {"steps": steps, "learning_rate": learning_rate, "optimizer": optimizer}
     return make_transform(_apply_learned, "learned_rounding", {"hessian"}, **options)

@@ -196,6 +196,8 @@ def test_refusals(rng):
         learned_rounding(optimizer="sgd")
     with pytest.raises(ValueError, match="accepted: 'block', 'layer'"):
         learned_rounding(output="model")
+    with pytest.raises(ValueError, match=r"learned_rounding: strength must lie in \[0, 1\], got 2"):
+        learned_rounding(strength=2)
     with pytest.raises(ValueError, match="cuts=0; all must be positive"):
         learned_rounding(cuts=0)
     with pytest.raises(ValueError, match="learned_rounding trains on the outputs of a block"):

@@ -18,7 +18,7 @@ from jaxquant.algorithms import _block_rounding
 
 WIDTH, HIDDEN, LAYERS = 16, 32, 2
 INT3 = jq.TensorSpec("int3", jq.PerGroup(16))
-LEARNED = jq.learned_rounding(steps=40, learning_rate=0.02)
+LEARNED = jq.learned_rounding(steps=40, learning_rate=0.02, strength=1.0)
 ONE_CUT = jq.learned_rounding(steps=40, learning_rate=0.02, cuts=1)
 
 
@@ -173,6 +173,23 @@ def test_training_goes_through_stacks_input_scales_outliers_and_padding(rng):
     seen = np.mean([float(jnp.sum(jnp.square(e)) / p) for e, p in zip(wrong, power, strict=True)])
     assert last["block_error"] < last["block_error_before"]
     np.testing.assert_allclose(seen, last["block_error"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_targets_make_up_for_a_part_of_what_came_before(rng, strength):
+    params, x = chain_params(rng), normal(rng, 24, WIDTH)
+    still = jq.learned_rounding(steps=1, learning_rate=1e-9, cuts=1, strength=strength)  # moves no code
+    report = jq.Report()
+    config = jq.QuantConfig(jq.QuantSpec(INT3), algorithm=still)
+    q = jq.quantize(params, config, apply_fn=chain_of_layers, batches=[x], report=report)
+    dense = jq.dequantize(q)
+    step = lambda p, x, name: chain_of_layers({name: p[name]}, x)  # noqa: E731
+    exact, lossy = x, x
+    for name, row in zip(sorted(params), report.rows, strict=True):
+        target = (1 - strength) * step(params, lossy, name) + strength * step(params, exact, name)
+        exact, lossy = step(params, exact, name), step(dense, lossy, name)
+        expected = jnp.sum(jnp.square(lossy - target)) / jnp.sum(jnp.square(target))
+        np.testing.assert_allclose(row.extra["block_error_before"], expected, rtol=1e-3)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(rng, tmp_path, assert_same):
