@@ -183,13 +183,17 @@ def _deepest(cut: dict, k: int, x_dtype, blocked: bool, out_dtype) -> Config | N
     configs = [Config(**cut, num_stages=stages) for stages in range(2, 13)]
     steps = -(-k // configs[0].block_k) // configs[0].split_k
     fitting = [c for c in configs if supports(x_dtype, blocked=blocked, config=c, out_dtype=out_dtype) is None]
-    fitting = [c for c in fitting if c.num_stages <= max(2, steps)]
+    # An exact sum gives a stage back while the next one is multiplied: with two there is none to fill meanwhile.
+    least = 3 if not blocked and jnp.dtype(x_dtype) == jnp.int8 and steps > 2 else 2
+    fitting = [c for c in fitting if least <= c.num_stages <= max(2, steps)]
     return fitting[-1] if fitting and steps else None
 
 
 def default_config(m: int, k: int, n: int, x_dtype, *, blocked: bool = False, out_dtype=jnp.bfloat16) -> Config:
     """The fastest configuration timed for such a problem (`tuned.json`), else the cost model's choice."""
     found = _tuned().get((jnp.dtype(x_dtype).name, blocked, bucket(m), k, n))
+    if found is None and m <= 256:  # Bound by the same bytes, int8 takes what e4m3 was tuned to.
+        found = _tuned().get(("float8_e4m3fn", blocked, bucket(m), k, n))
     if found is not None and supports(x_dtype, blocked=blocked, config=found, out_dtype=out_dtype) is None:
         return found
     return min(
