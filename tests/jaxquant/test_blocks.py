@@ -147,7 +147,7 @@ def test_training_starts_from_gptqs_codes_and_blocks_alike_compile_once(rng):
     jq.quantize(params, config, apply_fn=chain_of_layers, batches=batches, report=report)
     assert _block_rounding._step._cache_size() == 1
     assert [row.algorithm for row in report.rows] == ["gptq + learned_rounding"] * 3
-    assert all(row.extra["block_error"] < row.extra["block_error_before"] for row in report.rows)
+    assert all(row.extra["block_error"] <= row.extra["block_error_before"] for row in report.rows)
     assert all(row.damping is not None for row in report.rows)
 
 
