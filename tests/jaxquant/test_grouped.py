@@ -93,25 +93,26 @@ def test_the_gradient_of_rows_passes_the_kernel(rng, activation, assert_close):
 
 @pytest.fixture
 def layer(rng):
-    """(x [T, 128], logits [T, 5], gate, up, down), quantized."""
-    make = lambda *shape: experts(rng, shape)  # noqa: E731
-    return lambda tokens: (
-        jnp.asarray(rng.normal(size=(tokens, 128)), jnp.bfloat16),
-        jnp.asarray(rng.normal(size=(tokens, E)), jnp.float32),
-        make(E, 128, 64),
-        make(E, 128, 64),
-        make(E, 64, 128),
-    )
+    """Draws (x [T, 128], logits [T, 5], gate, up, down), quantized."""
+
+    def make(tokens, preset="w4a16"):
+        group = 32 if preset == "w4a16" else None
+        x = jnp.asarray(rng.normal(size=(tokens, 128)), jnp.bfloat16)
+        logits = jnp.asarray(rng.normal(size=(tokens, E)), jnp.float32)
+        shapes = ((E, 128, 64), (E, 128, 64), (E, 64, 128))
+        return x, logits, *(experts(rng, shape, preset, group) for shape in shapes)
+
+    return make
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
-def test_moe_on_packed_and_merged_experts_is_moe(layer, assert_close, tokens):
-    x, logits, gate, up, down = layer(tokens)
+@pytest.mark.parametrize(("tokens", "preset"), [(1, "w4a16"), (9, "w4a16"), (9, "w8a8")])
+def test_moe_on_packed_and_merged_experts_is_moe(layer, tokens, preset):
+    x, logits, gate, up, down = layer(tokens, preset)
     run, routing = jax.jit(jq.moe, static_argnums=5), jq.Routing(per_token=2)
     wanted = run(x, logits, gate, up, down, routing)
     merged = jq.merge_gate_up(gate, up)
     packed = [jq.pack_for(w, "h200") for w in (gate, up, down, merged)]
-    assert {w.layout for w in packed} == {"int4_fragments"}
+    assert {w.layout for w in packed} == {"int4_fragments" if preset == "w4a16" else "int8_k_major"}
     for weights in ([*packed[:3]], [packed[3], None, packed[2]], [merged, None, down]):
         # three products in a row, each within the tolerance of one
         got, wide = (np.asarray(a, np.float64) for a in (run(x, logits, *weights, routing), wanted))
