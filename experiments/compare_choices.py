@@ -129,16 +129,18 @@ def searching(spec: jq.QuantSpec | None, range_: str) -> jq.QuantSpec | None:
 
 
 def learned_trials() -> Iterator[Trial]:
-    """Learned rounding from three starts, by steps, rate and the part of earlier errors that blocks make up for."""
-    spec = jq.QuantSpec(weight())
+    """Learned rounding by start, steps, rate, the part of earlier errors made up for, and the size of blocks."""
+    spec, layer, model = jq.QuantSpec(weight()), 2, 1000  # cuts
     yield Trial("learned", "compensated", fixed(spec, COMPENSATED))
     starts = {"compensated": COMPENSATED, "gptq": jq.gptq(), "rtn": jq.rtn()}
-    for start, steps, rate, strength in (
-        ("compensated", 200, 1e-3, 0.5), ("compensated", 1000, 1e-3, 0.5), ("compensated", 200, 5e-3, 0.5),
-        ("rtn", 200, 5e-3, 1.0), ("rtn", 1000, 2e-3, 0.5), ("gptq", 1000, 1e-3, 0.5), ("compensated", 200, 1e-3, 1.0),
+    for start, steps, rate, strength, cuts in (
+        ("compensated", 200, 1e-3, 0.5, layer), ("compensated", 500, 1e-3, 0.5, model),
+        ("rtn", 200, 5e-3, 1.0, layer), ("compensated", 1000, 1e-3, 0.5, layer), ("rtn", 500, 2e-3, 0.5, model),
+        ("rtn", 1000, 2e-3, 0.5, layer), ("compensated", 200, 5e-3, 0.5, layer), ("compensated", 200, 1e-3, 1.0, layer),
     ):  # fmt: skip
-        learned = jq.learned_rounding(steps=steps, learning_rate=rate, strength=strength)
-        name = f"{start} + {steps} steps of {rate:g}, strength {strength}"
+        learned = jq.learned_rounding(steps=steps, learning_rate=rate, strength=strength, cuts=cuts)
+        what = "model" if cuts == model else f"layers, strength {strength}"
+        name = f"{start} + {steps} steps of {rate:g}, {what}"
         yield Trial("learned", name, fixed(spec, jq.chain(starts[start], learned)))
 
 
