@@ -247,7 +247,8 @@ class Rule:
 DEFAULT_SKIP = (
     r"(.*/)?(bias|b|scale|mean|var|count|gamma|beta)",
     r"(?i)(.*/)?[^/]*(embed|pos_?emb|tok_?emb|norm|ln_|router|lm_head|logits|lora)[^/]*(/.*)?",
-    r"(.*/)?(ln|head|gate|wte|wpe)(/.*)?",
+    r"(.*/)?(ln|head|wte|wpe|shared_expert_gate)(/.*)?",
+    r"(?!.*experts/)(.*/)?gate(/.*)?",  # a router; experts/gate are the experts' own projections
 )
 
 

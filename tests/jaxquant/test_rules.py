@@ -216,8 +216,10 @@ def test_an_nnx_state_with_rngs_statistics_and_adapters():
                 "layers__MoERouter_0__kernel": (12, 64, 8),
                 "layer_0__lora_a": (12, 64, 8),
                 "layer_0__experts__kernel": (12, 8, 64, 256),
+                "layer_0__experts__gate": (8, 64, 256),
+                "layer_0__shared_expert_gate__kernel": (64, 1),
             },
-            {"experts/kernel"},
+            {"experts/kernel", "experts/gate"},
         ),
     ],
 )
