@@ -58,7 +58,8 @@ def grouped_matmul(
         the weight's dtype. With 8-bit weights a floating x is quantized here, a scale a row.
       qweight: int4 codes `[E, ceil(N / 64), ceil(K / 64), 2, 256]` int32 from `int4_matmul.pack` for x's bytes, or int8
         or float8_e4m3fn `[E, padded N, padded K]` from `int8_matmul.pack`.
-      scale: `[E, K / group, N]`, any sign; one row for per-channel scales (8-bit weights take no other).
+      scale: `[E, K / group, N]`, any sign; one row for per-channel scales. Groups of 8-bit weights are multiples of
+        128 inputs.
       zero_point: of int4 codes, like `scale`, in the units of the codes (-8..7), whole numbers.
       group_sizes: `[E]` integers, rows of each expert: any sizes, also zero; their sum is at most T.
       x_scale: float32 `[T, 1]`, of x that holds 8-bit codes.
@@ -133,9 +134,9 @@ def _check(x, qweight, scale, zero_point, group_sizes, x_scale, activation, row_
         packed = (experts, -(-n // BLOCK) * BLOCK, -(-k // BLOCK) * BLOCK)
     if qweight.shape != packed:
         raise ValueError(f"qweight has shape {qweight.shape}; x with K = {k} and scale {scale.shape} need {packed}")
-    if k % groups or (groups > 1 and qweight.dtype != jnp.int32):
+    if k % groups or (qweight.dtype != jnp.int32 and groups > 1 and k // groups % BLOCK):
         raise ValueError(
-            f"scale has {groups} groups; accepted are divisors of K = {k} for int4 and 1 for 8-bit weights"
+            f"scale has {groups} groups; accepted are divisors of K = {k}, for 8-bit weights into multiples of {BLOCK}"
         )
     if activation not in (None, "silu_mul"):
         raise ValueError(f"activation={activation!r}; accepted are 'silu_mul' and None")

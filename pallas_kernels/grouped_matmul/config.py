@@ -87,14 +87,13 @@ def supports(
     x_dtype, weight_dtype, out_dtype = jnp.dtype(x_dtype), jnp.dtype(weight_dtype), jnp.dtype(out_dtype)
     if out_dtype not in (jnp.bfloat16, jnp.float16):
         return f"the result is {out_dtype.name}; the kernel gives bfloat16 or float16"
-    if config is not None and config.block_m % 16:
-        return f"block_m = {config.block_m}; the kernel takes multiples of 16"
+    most = _most_rows(num_groups, x_dtype, weight_dtype)
+    if config is not None and (config.block_m % 16 or config.block_m > most):
+        return f"block_m = {config.block_m}; the kernel takes multiples of 16 whose sums fit the registers, {most} here"
     if weight_dtype != jnp.int32:
-        return _unsupported_8_bit(x_dtype, weight_dtype, scale_dtype, config)
+        return _unsupported_8_bit(k // num_groups, num_groups, x_dtype, weight_dtype, scale_dtype, config)
     if config is not None and config.row_tiles > 1:
         return f"row_tiles = {config.row_tiles}; int4 weights take 1"
-    if config is not None and config.block_m > (most := _most_rows(num_groups, x_dtype, weight_dtype)):
-        return f"block_m = {config.block_m}, whose sums do not fit the registers; at most {most}"
     dense = None if config is None else config.dense()
     return int4_config.supports(
         k, BLOCK, num_groups, x_dtype, config=dense, has_zero_point=has_zero_point, scale_dtype=scale_dtype
@@ -108,22 +107,32 @@ def _most_rows(num_groups: int, x_dtype, weight_dtype) -> int:
     return BLOCK if weight_dtype != jnp.int32 else 112
 
 
-def _unsupported_8_bit(x_dtype, weight_dtype, scale_dtype, config: Config | None) -> str | None:
+def _unsupported_8_bit(
+    group_size: int, num_groups: int, x_dtype, weight_dtype, scale_dtype, config: Config | None
+) -> str | None:
     """Why the kernel cannot take 8-bit weights."""
     if x_dtype != weight_dtype:
         return f"x is {x_dtype.name} and the weight {weight_dtype.name}; the kernel takes 8-bit codes of one dtype"
     if jnp.dtype(scale_dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"scales are {jnp.dtype(scale_dtype).name}; the kernel takes bfloat16, float16 or float32"
+    if num_groups > 1 and group_size % BLOCK:
+        return f"groups of {group_size} inputs; with 8-bit weights the kernel takes multiples of {BLOCK}, or one group"
     if config is None:
         return None
+    if num_groups > 1 and group_size % config.block_k and config.block_k % group_size:
+        return f"block_k = {config.block_k} and groups of {group_size} do not divide one another"
     if config.block_k % BLOCK or config.scale_after:
         return (
             f"block_k = {config.block_k}, scale_after = {config.scale_after}; 8-bit takes multiples of {BLOCK}, False"
         )
-    accumulators = config.row_tiles + (weight_dtype != jnp.int8)  # fp8: totals, and the product under way
-    if config.block_m * accumulators > (384 if config.num_warpgroups <= 2 else 128):
+    promoted = weight_dtype != jnp.int8 or num_groups > 1
+    accumulators = config.row_tiles + promoted  # totals, and the product under way
+    room = 128 if config.num_warpgroups > 2 else 384 if num_groups == 1 else 256
+    if config.block_m * accumulators > room:
         return f"{accumulators} accumulators of {config.block_m} rows in {config.num_warpgroups} warpgroups spill"
     stage = (config.block_m + config.block_n) * config.block_k
+    if num_groups > 1:
+        stage += max(1, config.block_k // group_size) * config.block_n * jnp.dtype(scale_dtype).itemsize
     used = config.num_stages * stage + config.num_warpgroups * 2 * min(config.block_m, TILE) * TILE * 2
     return f"{used} bytes of shared memory, at most {SHARED_MEMORY_BYTES}" if used > SHARED_MEMORY_BYTES else None
 
@@ -205,7 +214,7 @@ def default_config(
             num_stages=stages,
             num_warpgroups=_warpgroups(hit, k, n) if size <= 32 else 2,
             scale_after=int4 and (few or codes),
-            row_tiles=1 if int4 or size <= 32 or size > BLOCK else 2,
+            row_tiles=1 if int4 or num_groups > 1 or size <= 32 or size > BLOCK else 2,
         )
         for size, block_k, stages in itertools.product(
             sorted({block_m, min(block_m, BLOCK)}, reverse=True), depths, range(8, 1, -1)

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.epilogue import TILE
+from pallas_kernels.grouped_matmul.epilogue import PER_ROW, TILE
 from pallas_kernels.int4_matmul.config import DEEPEST_FP8
 from pallas_kernels.int4_matmul.products import product_of as int4_product_of
 
@@ -17,7 +17,7 @@ from pallas_kernels.int4_matmul.products import product_of as int4_product_of
 def product_of(plan):
     """The product that a plan's operands and configuration ask for."""
     if not plan.int4:
-        return _exact if plan.dtype == jnp.int8 else _promoted
+        return _exact if plan.dtype == jnp.int8 and not plan.grouped else _promoted
     product = int4_product_of(plan)
     return lambda *where: (product(*where),)
 
@@ -45,16 +45,24 @@ def _exact(plan, warpgroup, smem, first, last, position) -> tuple[jax.Array, ...
 
 
 def _promoted(plan, warpgroup, smem, first, last, position) -> tuple[jax.Array, ...]:
-    """fp8: a product every 256 inputs at most, added to float32 totals: the tensor core keeps about 14 bits."""
+    """A product every 256 inputs at most, or of a group times its scale, added to float32 totals.
+
+    The fp8 tensor core keeps about 14 bits of a sum.
+    """
     c = plan.config
-    depth = min(DEEPEST_FP8, c.block_k)
+    depth = min(DEEPEST_FP8, plan.group_k)
 
     def part(slot, i, first_k):
         def multiply(acc):
             _multiply_8_bit(plan, warpgroup, smem, slot, acc, i, pl.ds(first_k, depth))
             return acc[...]
 
-        return pl.run_scoped(multiply, plgpu.ACC((TILE, c.block_m), jnp.float32))
+        sums = pl.run_scoped(multiply, plgpu.ACC((TILE, c.block_m), plan.acc_dtype)).astype(jnp.float32)
+        if not plan.grouped:
+            return sums
+        where = (slot, first_k // plan.group_k, _own(plan, warpgroup, i))
+        scale = plgpu.load(smem["scale"].at[where], layout=PER_ROW, optimized=False).astype(jnp.float32)
+        return sums * lax.broadcast_in_dim(scale, sums.shape, (0,))
 
     def stage(step, totals):
         slot = lax.rem(position + (step - first), jnp.int32(c.num_stages))
@@ -68,10 +76,15 @@ def _promoted(plan, warpgroup, smem, first, last, position) -> tuple[jax.Array, 
     return lax.fori_loop(first, last, stage, (zeros,) * c.row_tiles)
 
 
+def _own(plan, warpgroup, i: int):
+    """The outputs of a tile that a warpgroup's `i`-th accumulator sums."""
+    return pl.ds((warpgroup * plan.config.row_tiles + i) * TILE, TILE)
+
+
 def _multiply_8_bit(plan, warpgroup, smem, slot, acc, i: int, inputs):
     """Issue `acc += W^T x^T` over the inputs of a stage, for the warpgroup's `i`-th 64 outputs."""
-    own = pl.ds((warpgroup * plan.config.row_tiles + i) * TILE, TILE)
-    plgpu.wgmma(acc, smem["w"].at[slot, own, inputs], smem["x"].at[slot, :, inputs].T)
+    rows = smem["w"].at[slot, _own(plan, warpgroup, i), inputs]
+    plgpu.wgmma(acc, rows, smem["x"].at[slot, :, inputs].T)
 
 
 def _release_before(plan, smem, at):

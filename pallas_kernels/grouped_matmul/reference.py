@@ -49,6 +49,10 @@ def grouped_matmul_reference(
 
 def _product(x, x_scale, qweight, scale, zero_point) -> jax.Array:
     """`[T, N]` float32: every row times one expert's weight."""
-    if qweight.ndim == 2:
+    if qweight.ndim == 2 and scale.shape[0] == 1:
         return int8_matmul_reference(x, qweight, x_scale, scale, None, None, None, jnp.float32)
+    if qweight.ndim == 2:
+        spread = jnp.repeat(scale.astype(jnp.float32), x.shape[1] // scale.shape[0], axis=0)
+        weight = qweight.T.astype(jnp.float32) * spread
+        return jnp.matmul(x.astype(jnp.float32), weight, precision="highest") * x_scale
     return int4_matmul_reference(x, x_scale, qweight, scale, zero_point, None, out_dtype=jnp.float32)

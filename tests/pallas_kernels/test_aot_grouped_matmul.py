@@ -16,7 +16,7 @@ def compiled(tokens, layer, *, group=128, x=jnp.bfloat16, weight=jnp.int32, zero
     experts, k, n, top = LAYERS[layer]
     rows, x = tokens * top, jnp.dtype(x)
     shape = jax.ShapeDtypeStruct
-    groups = k // group if weight == jnp.int32 else 1
+    groups = 1 if group is None else k // group
     packed = (experts, n // 64, k // 64, 2, 256) if weight == jnp.int32 else (experts, n, k)
     scale = shape((experts, groups, n), jnp.bfloat16)
     vectors = {
@@ -48,14 +48,16 @@ def compiled(tokens, layer, *, group=128, x=jnp.bfloat16, weight=jnp.int32, zero
         {"tokens": 64, "layer": "deepseek-v3", "x": jnp.int8},
         {"tokens": 4096, "layer": "mixtral-8x7b", "x": jnp.int8, "activation": "silu_mul"},
         {"tokens": 4096, "layer": "mixtral-8x7b", "x": jnp.float8_e4m3fn, "group": 4096},
-        {"tokens": 64, "layer": "mixtral-8x7b", "x": jnp.int8, "weight": jnp.int8},
-        {"tokens": 4096, "layer": "mixtral-8x7b", "x": jnp.int8, "weight": jnp.int8, "row_scale": True},
+        {"tokens": 64, "layer": "mixtral-8x7b", "x": jnp.int8, "weight": jnp.int8, "group": None},
+        {"tokens": 4096, "layer": "mixtral-8x7b", "x": jnp.int8, "weight": jnp.int8, "group": None, "row_scale": True},
         {"tokens": 16, "layer": "deepseek-v3", "x": jnp.float8_e4m3fn, "weight": jnp.float8_e4m3fn},
+        {"tokens": 4096, "layer": "mixtral-8x7b", "x": jnp.int8, "weight": jnp.int8},
         {
             "tokens": 4096,
             "layer": "mixtral-8x7b",
             "x": jnp.float8_e4m3fn,
             "weight": jnp.float8_e4m3fn,
+            "group": None,
             "activation": "silu_mul",
         },
         {

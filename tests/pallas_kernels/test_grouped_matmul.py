@@ -82,12 +82,12 @@ def test_int4_weights_and_8_bit_rows(rng, dtype, groups):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("quantized", [True, False])
-def test_8_bit_weights(rng, dtype, quantized):
-    sizes, k, n = (2, 0, 6), 200, 72
+@pytest.mark.parametrize(("quantized", "groups"), [(True, 1), (False, 1), (True, 2)])
+def test_8_bit_weights(rng, dtype, quantized, groups):
+    sizes, k, n = (2, 0, 6), 200 if groups == 1 else 256, 72
     limit = {"int8": 127, "float8_e4m3fn": 448}[dtype]
     codes = jnp.asarray(rng.integers(-limit, limit + 1, (3, k, n)), jnp.float32).astype(dtype)
-    scale = jnp.asarray(rng.uniform(0.5, 1.5, (3, 1, n)) / limit, jnp.float32)
+    scale = jnp.asarray(rng.uniform(0.5, 1.5, (3, groups, n)) / limit, jnp.float32)
     x = jnp.asarray(rng.normal(size=(8, k)), jnp.bfloat16)
     rows, x_scale = jnp.asarray(np.round(rng.normal(size=(8, k)) * 30)).astype(dtype), None
     if quantized:
@@ -95,7 +95,8 @@ def test_8_bit_weights(rng, dtype, quantized):
     out = grouped_matmul(
         rows if quantized else x, pack_8_bit(codes), scale, x_scale=x_scale, group_sizes=jnp.asarray(sizes)
     )
-    weight = np.repeat(np.asarray(codes, np.float64) * np.asarray(scale, np.float64), sizes, axis=0)
+    spread = np.repeat(np.asarray(scale, np.float64), k // groups, axis=1)
+    weight = np.repeat(np.asarray(codes, np.float64) * spread, sizes, axis=0)
     values = np.asarray(rows, np.float64) * np.asarray(x_scale, np.float64) if quantized else np.asarray(x, np.float64)
     exact = np.einsum("tk,tkn->tn", values, weight)
     # Codes of x are rounded once: to 1/254 of the largest magnitude (about 3 here), or to 4 bits.
