@@ -86,7 +86,8 @@ def all_rows(
 
     Returns:
         A function of group sizes [E] to rows [M, K], which evaluates again what lies between the sizes and the rows:
-        for a down projection, gate, up and what joins them; for gate and up, nothing.
+        for a down projection, gate, up and what joins them; for gate and up, nothing. What an enclosing program made of
+        the sizes stays as it was.
     """
     eqns = _between(frame.body.eqns, atom, sizes_atom, until)
 
