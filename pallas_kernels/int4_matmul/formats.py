@@ -22,11 +22,13 @@ class Format:
       bits: of a code.
       offset: what is added to an integer code to store it, or None where codes are no integers.
       takes_zero_points: whether the unpacking subtracts one at no cost.
+      side_by_side: the two codes of an operand register are neighbours in a word; else they lie in its two halves.
     """
 
     bits: int
     offset: int | None
     takes_zero_points: bool
+    side_by_side: bool = False
 
     @property
     def tile_k(self) -> int:
@@ -39,7 +41,7 @@ FORMATS = {
     "int4": Format(4, 8, takes_zero_points=True),
     "int8": Format(8, 128, takes_zero_points=False),
     "float8_e4m3fn": Format(8, None, takes_zero_points=False),
-    "nf4": Format(4, None, takes_zero_points=False),
+    "nf4": Format(4, None, takes_zero_points=False, side_by_side=True),
 }
 
 

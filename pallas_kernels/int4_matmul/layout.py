@@ -6,7 +6,7 @@ by the 128 threads of a warpgroup, four words each: word `s` of a thread holds i
 codes in the mantissas of a register. Codes are stored offset by 8 (0..15). Array shape: `[..., N / 64, K / 64, 2,
 256]` int32, the thread the slow axis of the 512 words; the split in two is for the copy engine, whose boxes are at
 most 256 wide. Codes of 2 and 8 bits lie in tiles of 128 and 32 inputs by the same rule: a word holds the codes of 8 or
-2 operand registers, those of their low halves below those of their high halves.
+2 operand registers, those of their low halves below those of their high halves (NF4: side by side).
 
 For 8-bit activations a register of the operand holds four inputs that lie side by side, and a tile feeds two
 `wgmma.m64nXk32`. The words are the same but for the inputs in them: low nibbles are the four of operand row `r`, high
@@ -62,8 +62,9 @@ def pack(codes: jax.Array, *, x_bytes: int = 2, qtype: str = "int4") -> jax.Arra
     k_tiles, n_tiles = -(-k // tile_k), -(-n // TILE)
     tiled = stored.reshape(*lead, k_tiles, tile_k // 16, *_AXES_K[x_bytes], n_tiles, *_AXES_N)
     registers = _transpose_trailing(tiled, _fragment_order(x_bytes))
-    halves = registers.reshape(*lead, n_tiles, k_tiles, 2, 256, 16 // bits, 2).swapaxes(-1, -2)
-    slots = halves.reshape(*lead, n_tiles, k_tiles, 2, 256, 32 // bits)
+    pairs = registers.reshape(*lead, n_tiles, k_tiles, 2, 256, 16 // bits, 2)
+    pairs = pairs if FORMATS[qtype].side_by_side else pairs.swapaxes(-1, -2)
+    slots = pairs.reshape(*lead, n_tiles, k_tiles, 2, 256, 32 // bits)
     shifts = (bits * jnp.arange(32 // bits, dtype=jnp.uint32)).reshape((1,) * (slots.ndim - 1) + (-1,))
     words = (slots << shifts).sum(-1, dtype=jnp.uint32)
     return jax.lax.bitcast_convert_type(words, jnp.int32)
@@ -91,9 +92,12 @@ def unpack(packed: jax.Array, *, x_bytes: int = 2, qtype: str = "int4") -> jax.A
     words = jax.lax.bitcast_convert_type(packed, jnp.uint32)[..., None]
     shifts = (bits * jnp.arange(32 // bits, dtype=jnp.uint32)).reshape((1,) * packed.ndim + (-1,))
     slots = (words >> shifts) & jnp.uint32(2**bits - 1)
-    halves = slots.reshape(*packed.shape, 2, 16 // bits).swapaxes(-1, -2)
+    if FORMATS[qtype].side_by_side:
+        pairs = slots.reshape(*packed.shape, 16 // bits, 2)
+    else:
+        pairs = slots.reshape(*packed.shape, 2, 16 // bits).swapaxes(-1, -2)
     order, sizes = _fragment_order(x_bytes), (k_tiles, tile_k // 16, *_AXES_K[x_bytes], n_tiles, *_AXES_N)
-    registers = halves.reshape(*lead, *(sizes[axis] for axis in order))
+    registers = pairs.reshape(*lead, *(sizes[axis] for axis in order))
     tiled = _transpose_trailing(registers, tuple(order.index(axis) for axis in range(9)))
     return codes_of(tiled.reshape(*lead, k_tiles * tile_k, n_tiles * TILE), qtype)
 

@@ -202,15 +202,11 @@ def _e4m3(word, _, dtype_name: str) -> list:
 def _nf4(word, _, dtype_name: str) -> list:
     """Registers of NF4 levels: a byte permutation looks four codes' upper bytes up, another their lower ones."""
     bits = np.asarray(np.array(NF4_LEVELS), jnp.dtype(dtype_name)).view(np.uint16)
-    spread = []  # of the low halves of operand registers, then the high ones: registers 0 and 1, registers 2 and 3
+    registers = []
     for nibbles in _nibble_selectors(word):
         low, high = (_looked_up([int(b) for b in plane], *nibbles) for plane in (bits & 255, bits >> 8))
-        spread.append([_asm(f"prmt.b32 $0, $1, $2, {order:#x};", low, high) for order in (0x5140, 0x7362)])
-    return [
-        _asm(f"prmt.b32 $0, $1, $2, {order:#x};", spread[0][pair], spread[1][pair])
-        for pair in range(2)
-        for order in (0x5410, 0x7632)
-    ]
+        registers += [_asm(f"prmt.b32 $0, $1, $2, {order:#x};", low, high) for order in (0x5140, 0x7362)]
+    return registers
 
 
 def _looked_up(table: list[int], index, choice):
