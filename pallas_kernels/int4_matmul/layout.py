@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from pallas_kernels.int4_matmul.formats import FORMATS, codes_of, stored_bits
 
 TILE = 64
-CODE_OFFSET = 8
 # By bytes of an activation, axes of 16 inputs: register column half, thread column, element in some order; and where
 # to find (column, half, element) of them.
 _AXES_K = {2: (2, 4, 2), 1: (4, 2, 2)}

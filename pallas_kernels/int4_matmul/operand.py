@@ -23,23 +23,6 @@ _E4M3_OF_STORED = [*np.arange(-8, 8).astype(jnp.float8_e4m3fn).view(np.uint8).to
 _PTX_TYPE = {"bfloat16": "bf16x2", "float16": "f16x2"}
 
 
-def unpack_int4(tile, offset: jax.Array, scale: jax.Array | None, *, first_step: int, depth: int, dtype) -> jax.Array:
-    """Unpack one tile of int4 codes into wgmma's A operand, `(code - zero_point) [* scale]`.
-
-    Args:
-      tile: `[2, 256]` int32 in shared memory.
-      offset: `[64]` float32, `MAGIC + 8 + zero_point` of each output: what the magic number adds to the code.
-      scale: `[64]` float32 scale of each output, or None to leave the codes unscaled.
-      first_step: the first 16-input step of the tile to unpack.
-      depth: inputs to unpack, 32 or 64.
-      dtype: bfloat16 or float16.
-
-    Returns:
-      `[64, depth]` in the register layout of wgmma's A operand.
-    """
-    return unpack_words([tile], offset, scale, first_word=first_step, depth=depth, dtype=dtype, qtype="int4")
-
-
 def unpack_words(
     tiles, offset: jax.Array | None, scale: jax.Array | None, *, first_word: int, depth: int, dtype, qtype: str
 ) -> jax.Array:
