@@ -21,6 +21,7 @@ from jaxquant.checkpoint import MANIFEST, Manifest, read_manifest
 from jaxquant.interop import Module, plan_huggingface
 from jaxquant.interop.huggingface import insert
 
+BYTES_OF_A_BYTE = 1 << 15  # more than zstd makes of any; a claimed shape beyond that is no array in these files
 AHEAD_BYTES = 1 << 26  # opening an orbax folder takes as long as reading this much of small leaves
 
 
@@ -165,8 +166,7 @@ def _read_ours(reader: Reader, places: dict[int, tuple[str, Any, list[int]]]) ->
 
 
 def _open_orbax(folder: pathlib.Path) -> Source:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        metadata = checkpointer.metadata(folder).item_metadata
+    metadata = _use_orbax(folder, lambda checkpointer: checkpointer.metadata(folder).item_metadata)
     if metadata is None or metadata.tree is None:
         raise ValueError(f"{folder}: orbax finds no tree in it")
     held, structure = jax.tree.flatten(metadata.tree, is_leaf=_is_metadata)
@@ -175,9 +175,14 @@ def _open_orbax(folder: pathlib.Path) -> Source:
     leaves = []
     for leaf, (place, number) in zip(held, jax.tree_util.tree_flatten_with_path(tree)[0], strict=True):
         path = "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in place)
+        if path.startswith("/"):  # tensorstore refuses ".." itself
+            raise ValueError(f"{folder}: the parameter {path!r} would lie outside of it")
         abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         ahead.sizes.append(abstract.size * np.dtype(leaf.dtype).itemsize)
         leaves.append(Leaf(path, ahead.sizes[-1], abstract, functools.partial(ahead.take, number)))
+    claimed, held_bytes = sum(ahead.sizes), sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if claimed > BYTES_OF_A_BYTE * held_bytes:
+        raise ValueError(f"{folder}: claims arrays of {claimed} bytes in files of {held_bytes}")
     return Source("orbax", _skeleton(tree), tuple(leaves), _fingerprint(folder, "*", "*/*", "*/*/*"))
 
 
@@ -192,9 +197,17 @@ def _read_orbax(
     request = ocp.args.PyTreeRestore(
         item=jax.tree.unflatten(structure, item), restore_args=jax.tree.unflatten(structure, args)
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored = jax.tree.leaves(checkpointer.restore(folder, args=request))
+    restored = jax.tree.leaves(_use_orbax(folder, lambda checkpointer: checkpointer.restore(folder, args=request)))
     return {number: restored[number] for number in numbers}
+
+
+def _use_orbax(folder: pathlib.Path, use: Callable[[ocp.Checkpointer], Any]) -> Any:
+    """Has orbax read; what it stumbles over in malformed files becomes an error that names the folder."""
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return use(checkpointer)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{folder}: orbax cannot read it: {error!r}") from error
 
 
 def _is_metadata(node: Any) -> bool:

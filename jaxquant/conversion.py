@@ -8,6 +8,7 @@ keeps the weights it has finished in a folder of their own instead.
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import pathlib
 import re
@@ -36,6 +37,7 @@ from jaxquant.interop.huggingface_write import Format, write_folder
 SLICE_BYTES = 1 << 23  # a larger weight is quantized by slices; memory of larger ones would be fetched anew each time
 SLICES = 2  # read and quantized at a time
 MEMORY = 2  # largest leaves, above the base
+READ = 2  # of a leaf that orbax reads: what the file holds and the array
 TURNED = 1.1  # of a mapped leaf that is kept: it and the blocks on the way
 CODES = 0.55  # of one that is quantized: eight bits for sixteen, slices
 
@@ -119,13 +121,20 @@ def _convert_leaves(
     left = [number for number in range(len(source.leaves)) if number not in journal.nodes]
     largest = max((leaf.nbytes for leaf in source.leaves), default=0)
     for number in _reported(source, left, progress):
-        leaf, config, nbytes = read_leaf(source, number), chosen[number], source.leaves[number].nbytes
-        mapped = mapping_of(leaf) is not None
-        made = CODES if config is not None else TURNED if mapped else 0
-        journal.make_room((made + (not mapped)) * nbytes, MEMORY * largest)
-        path = source.leaves[number].path
-        leaf = leaf if config is None else _quantize_leaf(path, leaf, config)
-        journal.add(number, encode_tree(leaf, journal.writer.put, path))
+        _convert_leaf(source, number, chosen[number], journal, MEMORY * largest)
+
+
+def _convert_leaf(source: Source, number: int, config: QuantConfig | None, journal: Journal, memory: int) -> None:
+    path, nbytes = source.leaves[number].path, source.leaves[number].nbytes
+    if source.kind != "huggingface":
+        journal.make_room(READ * nbytes, memory)
+        gc.collect(1)  # the leaf before: orbax's futures hold it in cycles, JAX until it next tidies up
+    leaf = read_leaf(source, number)
+    mapped = mapping_of(leaf) is not None
+    made = CODES if config is not None else TURNED if mapped else 0
+    journal.make_room((made + (not mapped)) * nbytes, memory)
+    leaf = leaf if config is None else _quantize_leaf(path, leaf, config)
+    journal.add(number, encode_tree(leaf, journal.writer.put, path))
 
 
 def _reported(source: Source, numbers: Sequence[int], progress: Progress | None) -> Iterator[int]:
