@@ -71,7 +71,8 @@ def test_interpreted_kernel_is_the_product(rng, interpreted, monkeypatch, sizes,
     k, n, experts, rows = 256, 128, len(sizes), sum(sizes) + config.block_m
     codes = rng.integers(-8, 8, (experts, k, n)).astype(np.int8)
     half = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
-    x, scale, zero = half(rows, k), half(experts, 2, n) / 16, jnp.asarray(rng.integers(-8, 8, (experts, 2, n)), jnp.bfloat16)
+    x, scale = half(rows, k), half(experts, 2, n) / 16
+    zero = jnp.asarray(rng.integers(-8, 8, (experts, 2, n)), jnp.bfloat16)
     row_scale = rng.uniform(size=rows)
     merge = (lambda a: interleave(a[..., : n // 2], a[..., n // 2 :])) if gated else lambda a: a
     out = interpreted(
