@@ -88,14 +88,18 @@ def attention(
     mode = "int8_fp8" if mode == "auto" else mode
     masking = Masking(bias, mask, query_lengths, kv_lengths)
     _check(q, k, v, masking, mode, implementation)
-    config = default_config(q, k, v, mode) if config is None else config
+    sides = _window(window, causal)
+    if config is None:
+        lengths = masking.query_lengths is not None or masking.kv_lengths is not None
+        masked = lengths or sides != (None, None) or k.shape[1] % Config.block_kv != 0
+        config = default_config(q, k, v, mode, masked=masked)
     reason = supports(q, k, v, masking, mode, config)
     if implementation == "mosaic_gpu" and reason is not None:
         raise NotImplementedError(f"implementation='mosaic_gpu': {reason}")
     if implementation is None and reason is not None:
         implementation = "xla"
     softmax_scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    call = _Call(_window(window, causal), softmax_scale, mode, implementation, config)
+    call = _Call(sides, softmax_scale, mode, implementation, config)
     masking = masking._replace(
         query_lengths=_clamped(query_lengths, q.shape[1]), kv_lengths=_clamped(kv_lengths, k.shape[1])
     )

@@ -38,14 +38,15 @@ from pallas_kernels.attention.registers import (
     MAGIC_BITS,
     PER_COLUMN,
     PER_ROW,
-    QUAD_COLUMNS,
     TILE,
     along_columns,
     along_rows,
+    keep_columns,
     largest_of_columns,
     repeat_columns,
     round_to_operand,
-    sum_of_columns,
+    sum_of_own_columns,
+    sum_of_parts,
 )
 
 LOWEST_MAXIMUM = -1e30  # finite, so that a row of masked scores gives weights of 0 and not NaN
@@ -156,6 +157,7 @@ def _kernel(
         plgpu.set_max_registers(240 if groups < 3 else 160, action="increase")
         rows = q_smem.at[group], codes_smem.at[group]
         row_begin = first_query + group * ROWS
+        queries = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (ROWS,), 0), PER_ROW) + row_begin
         plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row_begin, ROWS), head], rows[0], q_ready.at[group])
         plgpu.barrier_wait(q_ready.at[group])
         q_scale = _quantize_rows(*rows, scores_dtype) * (scale * LOG2_E)
@@ -163,27 +165,23 @@ def _kernel(
             pl.when(group == 1)(lambda: _pass_turn(turn))
 
         def key_scales(tile):
-            tile = jnp.minimum(tile, k_scale_ref.shape[2] - 1)
             return plgpu.load(k_scale_ref.at[batch, kv_head, tile], layout=PER_COLUMN, optimized=False)
 
         def slot_of(tile):
             return lax.rem(tile - begin, jnp.int32(stages))
 
-        def wait_for_keys(tile):
-            """Returns the slot of a tile's keys; past the last tile, of whatever keys are there."""
-            slot = slot_of(tile)
-            pl.when(tile < end)(lambda: plgpu.barrier_wait(k_ready.at[slot]))
-            return slot
+        def hide(tile, x):
+            """Scores of keys that a query does not see become -inf."""
+            left, right = window
+            query, last_key = queries - tile * block, kv_length - 1 - tile * block
+            last = jnp.minimum(query + (UNBOUNDED if right is None else right), last_key)
+            return keep_columns(x, None if left is None else query - left, last)
 
-        def issue_keys(scores_ref, slot):
-            plgpu.wgmma(scores_ref, rows[1], k_smem.at[slot].T)
-
-        def weigh(masked: bool, tile, x, maximum, total, k_scale):
+        def weigh(tile, x, maximum, total, k_scale):
             """The softmax of one tile of scores, against the running maximum."""
-            if masked:
-                key = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=TILE)  # counted from the tile's first
-                first_key = tile * block
-                x = jnp.where(_is_visible(row_begin - first_key, key, kv_length - first_key, window), x, -jnp.inf)
+            if full_begin is not begin or full_end is not end:
+                partly_seen = (tile < full_begin) | (tile >= full_end)
+                x = lax.cond(partly_seen, functools.partial(hide, tile), lambda x: x, x)
             largest = largest_of_columns(x)
             step_size = along_rows(q_scale, largest) * along_columns(k_scale, largest)
             new_maximum = jnp.maximum(maximum, jnp.max((largest - offset) * step_size, axis=1))
@@ -191,7 +189,7 @@ def _kernel(
             shift = shift - along_rows(new_maximum, shift)
             p = jnp.exp2(x * repeat_columns(step_size, block) + repeat_columns(shift, block))
             decay = jnp.exp2(maximum - new_maximum)
-            return p, decay, new_maximum, total * along_rows(decay, total) + sum_of_columns(p)
+            return p, decay, new_maximum, total * decay + sum_of_own_columns(p)
 
         def multiply_values(tile, p, decay, acc, total):
             """Adds P V of one tile to the decayed sum."""
@@ -214,62 +212,35 @@ def _kernel(
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, total
 
-        def step(masked: bool, tile, carry):
-            acc, maximum, total, k_scale = carry
-            next_k_scale = key_scales(tile + 1)
-            slot = wait_for_keys(tile)
+        def step(tile, carry):
+            acc, maximum, total = carry
+            k_scale = key_scales(tile)  # arrives while the scores are computed
+            slot = slot_of(tile)
+            plgpu.barrier_wait(k_ready.at[slot])
 
             def multiply_keys(scores_ref):
-                issue_keys(scores_ref, slot)
+                plgpu.wgmma(scores_ref, rows[1], k_smem.at[slot].T)
                 if config.ping_pong:
                     _pass_turn(turn)
 
             x = _product(multiply_keys, (ROWS, block), scores_dtype)
             plgpu.barrier_arrive(k_free.at[slot])
-            p, decay, maximum, total = weigh(masked, tile, x, maximum, total, k_scale)
+            p, decay, maximum, total = weigh(tile, x, maximum, total, k_scale)
             acc, total = multiply_values(tile, p, decay, acc, total)
-            return acc, maximum, total, next_k_scale
-
-        def overlapped_step(masked: bool, tile, carry):
-            """The same with the scores of this tile in the carry, while those of the next are being computed."""
-            x, acc, maximum, total, k_scale = carry
-            next_slot = wait_for_keys(tile + 1)
-
-            def compute(scores_ref):
-                issue_keys(scores_ref, next_slot)
-                next_k_scale = key_scales(tile + 1)
-                p, decay, new_maximum, new_total = weigh(masked, tile, x, maximum, total, k_scale)
-                new_acc, new_total = multiply_values(tile, p, decay, acc, new_total)
-                scores = _as_float(scores_ref[...], scores_dtype)
-                plgpu.barrier_arrive(k_free.at[next_slot])
-                return scores, new_acc, new_maximum, new_total, next_k_scale
-
-            return pl.run_scoped(compute, plgpu.ACC((ROWS, block), _accumulator(scores_dtype)))
+            return acc, maximum, total
 
         def per_row(value):
             return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), PER_ROW)
 
         acc = plgpu.layout_cast(jnp.zeros((ROWS, q_ref.shape[3]), jnp.float32), TILE)
-        total = plgpu.layout_cast(jnp.zeros((ROWS, QUAD_COLUMNS), jnp.float32), TILE)  # summed over a row at the end
-        carry = acc, per_row(LOWEST_MAXIMUM), total, key_scales(begin)
-        if config.overlap:
-            first_slot = wait_for_keys(begin)
-            first = _product(lambda ref: issue_keys(ref, first_slot), (ROWS, block), scores_dtype)
-            plgpu.barrier_arrive(k_free.at[first_slot])
-            carry = first, *carry
-        advance = overlapped_step if config.overlap else step
-        if full_begin is not begin:
-            carry = lax.fori_loop(begin, full_begin, functools.partial(advance, True), carry)
-        carry = lax.fori_loop(full_begin, full_end, functools.partial(advance, False), carry)
-        if full_end is not end:
-            carry = lax.fori_loop(full_end, end, functools.partial(advance, True), carry)
-        acc, _, total, _ = carry[-4:]
-        total = jnp.sum(total, axis=1)
+        carry = acc, per_row(LOWEST_MAXIMUM), per_row(0.0)
+        carry = lax.fori_loop(begin, end, step, carry)
+        acc, _, total = carry
+        total = sum_of_parts(total)
         if config.ping_pong:
             pl.when(group == 0)(lambda: _pass_turn(turn))
 
-        query = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (ROWS,), 0), PER_ROW) + row_begin
-        total = jnp.where((query < q_length) & (total != 0.0), total, jnp.inf)  # nothing seen: zeros
+        total = jnp.where((queries < q_length) & (total != 0.0), total, jnp.inf)  # nothing seen: zeros
         out = acc * along_rows(1.0 / total, acc)
         if v_scale_ref is not None:
             v_scale = plgpu.load(v_scale_ref.at[batch, kv_head], layout=PER_COLUMN, optimized=False)
@@ -324,14 +295,6 @@ def _key_tiles(first_query, rows: int, q_length, kv_length, window: Window, bloc
     return begin, full_begin, full_end, end
 
 
-def _is_visible(row_begin, key, kv_length, window: Window):
-    query = plgpu.broadcasted_iota(jnp.int32, key.shape, 0, layout=TILE) + row_begin
-    left, right = window
-    last = kv_length - 1
-    visible = key <= (last if right is None else jnp.minimum(query + right, last))  # one comparison a score
-    return visible if left is None else visible & (key >= query - left)
-
-
 def _pass_turn(turn):
     """Lets the other warpgroup use the tensor cores, and waits until it has."""
     plgpu.barrier_arrive(turn)
@@ -347,15 +310,6 @@ def _product(multiply, shape: tuple[int, int], dtype: jnp.dtype):
     constant = jnp.full(shape, MAGIC_BITS, jnp.int32) if dtype == INT8 else jnp.zeros(shape, jnp.float32)
     product = pl.run_state(multiply)(plgpu.ACC.init(plgpu.layout_cast(constant, TILE)))
     return lax.bitcast_convert_type(product, jnp.float32)  # pyright: ignore[reportArgumentType] - an array by now
-
-
-def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.dtype(jnp.int32 if dtype == INT8 else jnp.float32)
-
-
-def _as_float(accumulator, dtype: jnp.dtype):
-    """The same of an accumulator that started from zeros."""
-    return lax.bitcast_convert_type(accumulator + MAGIC_BITS, jnp.float32) if dtype == INT8 else accumulator
 
 
 def _quantize_rows(q_ref, codes_ref, dtype: jnp.dtype):

@@ -78,8 +78,17 @@ def quantize_values(v: jax.Array, dtype: jnp.dtype, block: int, lengths: jax.Arr
 
 
 def values_absmax(v: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """The largest magnitude of each channel [B, N, H] of values [B, S, N, H] over the valid tokens."""
-    return absmax_of(_valid(v, lengths), 1)
+    """The largest magnitude of each channel [B, N, H] of values [B, S, N, H] over the valid tokens.
+
+    Magnitudes of floats order as their bits do, with infinities and NaN above all others: one maximum finds both.
+    """
+    word = {2: jnp.int16, 4: jnp.int32}[v.dtype.itemsize]
+    bits = lax.bitcast_convert_type(v, word) & jnp.array(jnp.iinfo(word).max, word)
+    if lengths is not None:
+        token = lax.broadcasted_iota(jnp.int32, v.shape, 1)
+        bits = jnp.where(token < lengths.reshape(-1, 1, 1, 1), bits, jnp.array(0, word))
+    largest = lax.bitcast_convert_type(jnp.max(bits, axis=1), v.dtype).astype(jnp.float32)
+    return jnp.where(jnp.isfinite(largest), jnp.maximum(largest, SMALLEST_ABSMAX), jnp.nan)
 
 
 def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

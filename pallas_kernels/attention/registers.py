@@ -4,10 +4,13 @@ In an accumulator, lane 4r + c of a warp holds, of rows r and r + 8 of the warp'
 of every 8: "its columns" below.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
@@ -46,27 +49,108 @@ def repeat_columns(x, columns: int):
 
 def largest_of_columns(x):
     """The maxima [rows, 8] of x [rows, columns] over columns that are equal modulo 8: no lane asks another."""
-    return _fold_columns(x, arith.maximumf)
-
-
-def sum_of_columns(x):
-    """The sums [rows, 8] of x [rows, columns] over columns that are equal modulo 8: no lane asks another."""
-    return _fold_columns(x, arith.addf)
-
-
-def _fold_columns(x, combine):
     shape = (x.shape[0], QUAD_COLUMNS)
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, TILE))
-    def fold(ctx, x):
+    def largest(ctx, x):
         registers = x.registers[:, :1].copy()
         for block in range(1, x.registers.shape[1]):
             for index in np.ndindex(registers.shape):
                 here = (index[0], block, *index[2:])
-                registers[index] = combine(registers[index], x.registers[here])
+                registers[index] = arith.maximumf(registers[index], x.registers[here])
         return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
+    return largest(x)  # pyright: ignore[reportCallIssue]
+
+
+def keep_columns(x, first, last):
+    """X [rows, columns] where first <= column <= last, bounds int32 [rows] or None; -inf elsewhere.
+
+    A lane subtracts the column that it begins at from the bounds once, so that each score is compared with a constant:
+    indices of its columns would be hoisted out of the loop and fill 32 registers.
+    """
+    bounds = [(bound, compare) for bound, compare in ((first, "sge"), (last, "sle")) if bound is not None]
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE, *(PER_ROW for _ in bounds)), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, TILE)
+    )
+    def keep(ctx, x, *rows):
+        word = ir.IntegerType.get_signless(32)
+
+        def constant(value: int):
+            return arith.constant(word, value)
+
+        lane = arith.remui(utils.thread_idx(), constant(4))
+        begin = arith.muli(lane, constant(2))
+        limits = [
+            [
+                arith.subi(vector.extract(bound, dynamic_position=[], static_position=[0]), begin)
+                for bound in row.registers.flat
+            ]
+            for row in rows
+        ]
+        hidden = arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), float("-inf")))
+        registers = x.registers.copy()
+        for index in np.ndindex(registers.shape):
+            block, row = index[1], index[4]
+            pair = registers[index]
+            for element in range(2):
+                value = vector.extract(pair, dynamic_position=[], static_position=[element])
+                for (_, compare), limit in zip(bounds, limits, strict=True):
+                    column = constant(QUAD_COLUMNS * block + element)
+                    seen = arith.cmpi(getattr(arith.CmpIPredicate, compare), column, limit[row])
+                    value = arith.select(seen, value, hidden)
+                pair = vector.insert(value, pair, dynamic_position=[], static_position=[element])
+            registers[index] = pair
+        return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
+
+    return keep(x, *(bound for bound, _ in bounds))  # pyright: ignore[reportCallIssue]
+
+
+def sum_of_own_columns(x):
+    """The sum of the columns that each lane holds, of x [rows, columns], as [rows]: a lane's own part of the row's sum.
+
+    The layout says that the lanes of a row agree, and here they do not: add such parts, scale them by values of the
+    row, and let `sum_of_parts` make them one. Half the registers of a sum [rows, 8].
+    """
+
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(x.shape[:1], x.dtype, PER_ROW))
+    def fold(ctx, x):
+        pairs = np.moveaxis(x.registers, 1, -1).reshape(2, -1)  # two rows a lane, two adjacent columns a register
+        sums = np.empty(2, dtype=object)
+        for row in range(2):
+            pair = functools.reduce(arith.addf, pairs[row])
+            first, second = (vector.extract(pair, dynamic_position=[], static_position=[i]) for i in range(2))
+            sums[row] = arith.addf(first, second)
+        return _per_row(sums)
+
     return fold(x)  # pyright: ignore[reportCallIssue]
+
+
+def sum_of_parts(x):
+    """The sums over a row's four lanes of [rows] that hold a part each."""
+
+    @plgpu.inline_mgpu(arg_types=(PER_ROW,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, PER_ROW))
+    def add(ctx, x):
+        sums = np.empty(2, dtype=object)
+        for row, part in enumerate(x.registers.flat):
+            part = _scalar(part)
+            for lanes in (1, 2):
+                part = arith.addf(part, utils.shfl_bfly(part, lanes))
+            sums[row] = part
+        return _per_row(sums)
+
+    return add(x)  # pyright: ignore[reportCallIssue]
+
+
+def _scalar(register):
+    return vector.extract(register, dynamic_position=[], static_position=[0])
+
+
+def _per_row(values):
+    element = ir.VectorType.get((1,), ir.F32Type.get())
+    registers = np.array([vector.broadcast(element, value) for value in values], dtype=object).reshape(1, 1, 2, 1, 1)
+    return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_ROW_LAYOUT, _is_signed=None)
 
 
 _ROUND_TO_E4M3 = (

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.aot
     ("name", "mode"),
     [
         ("d128_s8192_full", "int8_fp8"),
+        ("d128_s2048_causal", "int8_fp8"),
         ("d128_s8192_causal", "int8_f16"),
         ("d64_s2048_causal", "int8_fp8"),
         ("lengths", "int8_int8"),
