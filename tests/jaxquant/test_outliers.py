@@ -323,3 +323,19 @@ def test_a_weight_with_more_outliers_than_places_keeps_its_inputs_in_float(rng):
     # Float inputs: the product differs from the dequantized weight's by rounding only; rounded ones by a step of 1/255.
     assert np.abs(many - (x * 3) @ dense["many"]).max() < 64 * np.finfo(np.float32).eps * np.abs(x * 3).max() * 8
     assert np.abs(few - x @ dense["few"]).max() > 1e-4
+
+
+def test_a_stack_walked_layer_by_layer_has_one_form(rng):
+    x = np.clip(rng.normal(size=(8, 64)), -5, 5).astype(np.float32)
+    w = np.stack([np.eye(64), 3 * np.eye(64), np.eye(64)]).astype(
+        np.float32
+    )  # the last layer's inputs pass the threshold
+    config = QuantConfig(PRESETS["w8a8"], algorithm=llm_int8(threshold=7.0), skip=())
+
+    def model(p, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]
+
+    options = {"apply_fn": model, "batches": [jnp.asarray(x)]}
+    with pytest.raises(ValueError, match="w: its layers differ in form"):
+        quantize({"w": jnp.asarray(w)}, config, sequential=True, **options)
+    assert quantize({"w": jnp.asarray(w)}, config, **options)["w"].base.activation is None  # as a whole, in float
