@@ -23,6 +23,7 @@ SWEEP = {
     "int8": [(64, 2, 1), (64, 3, 1), (64, 3, 2), (64, 4, 2), (64, 4, 4), (128, 2, 1), (128, 2, 2)],
     "int4": [(64, 2, 1), (64, 3, 1), (64, 4, 1), (64, 4, 2), (64, 6, 2), (128, 2, 1), (128, 3, 2)],
 }
+WINDOW = 128  # recent tokens in bfloat16
 # Weights and the result are rounded to bfloat16 (relative 2**-9 each, 2**-8 at worst) once more than the reference's.
 TOLERANCE = 2.0**-7
 
@@ -96,8 +97,9 @@ def _cache(case: Case, mode: str, keys) -> Cache:
         grids = [(*head, size // 32, case.head_dim), (*head, case.head_dim // 32, size)]
         scales = [jax.random.uniform(k, s, jnp.float16, 1, 3) for k, s in zip(keys[2:], grids, strict=False)]
         offsets = [-1.5 * x for x in scales]  # elements from -scale / 2 to scale / 2
-        recent = jax.random.normal(keys[4], (case.batch, case.kv_heads, 128, case.head_dim), jnp.bfloat16)
-        return Cache(*codes, *scales, *offsets, recent, table)
+        shapes = [(case.batch, case.kv_heads, *x) for x in ((WINDOW, case.head_dim), (case.head_dim, WINDOW))]
+        recent = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys[3:], shapes, strict=False)]
+        return Cache(*codes, *scales, *offsets, *recent, table)
     codes = [jax.lax.bitcast_convert_type(jax.random.bits(k, s, jnp.uint8), jnp.int8) for k, s in
              ((keys[0], k_shape), (keys[1], v_shape))]  # fmt: skip
     if mode == "fp8":
@@ -146,7 +148,11 @@ def _exact(args, sequence: int, *, mode: str, case: Case) -> jax.Array:
         k, v = (x[sequence : sequence + 1].astype(jnp.float32) for x in rest)
         cache = {"k": k.transpose(0, 2, 1, 3), "v": v.transpose(0, 2, 3, 1)}
     elif case.page_size is not None:
-        own = {name: rest[0][name][sequence : sequence + 1] for name in ("page_table", "recent") if name in rest[0]}
+        own = {
+            name: rest[0][name][sequence : sequence + 1]
+            for name in ("page_table", "recent_k", "recent_v")
+            if name in rest[0]
+        }
         cache = rest[0] | own
     else:
         cache = {name: x[sequence : sequence + 1] for name, x in rest[0].items()}

@@ -35,7 +35,10 @@ def quantize_groups(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.
 
 
 def unroll_ring(ring: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The last `window` tokens of each sequence in order, from a ring [B, K, window, H]; before the first, anything."""
+    """The last `window` tokens of each sequence in order, from a ring [B, K, window, H]; before the first, anything.
+
+    Where a ring has each token is the kernel's order, `pallas_kernels.decode_attention.layout`.
+    """
     window = ring.shape[2]
     positions = lengths[:, None] - window + lax.broadcasted_iota(jnp.int32, (ring.shape[0], window), 1)
     return _take_tokens(ring, kv_layout.ring_slot(positions, window))

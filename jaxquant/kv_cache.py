@@ -20,7 +20,7 @@ SMALLEST_ABSMAX = 1e-20  # keeps the scale of an all-zero token positive
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "key", "value", "key_scale", "value_scale", "key_offset", "value_offset", "recent",
+        "key", "value", "key_scale", "value_scale", "key_offset", "value_offset", "recent_key", "recent_value",
         "key_absmax", "value_absmax", "lengths", "overflowed", "page_table", "free_pages", "num_free",
     ],
     meta_fields=["format", "dtype", "head_dim"],
@@ -40,8 +40,9 @@ class KVCache:
         value_scale: [B or P, K, S] float32 of an 8-bit format, [B or P, K, H / 32, S] float16 of a grouped one.
         key_offset: of a grouped format, like key_scale; a key is key_offset + key_scale * (1 + code / 2**bits).
         value_offset: like value_scale.
-        recent: of a grouped format, the latest keys in float [B, K, window, H]. Where each code and each recent key
-            lies is the kernel's order, `pallas_kernels.decode_attention.layout`.
+        recent_key: the latest keys in float [B, K, window, H], where a window of them is kept. Where each packed code
+            and each recent token lies is the kernel's order, `pallas_kernels.decode_attention.layout`.
+        recent_value: the latest values in float [B, K, H, window].
         key_absmax: of an 8-bit format with static scales, the largest magnitude of each head's keys, float32 [K].
         value_absmax: like key_absmax.
         lengths: tokens of each sequence, int32 [B].
@@ -50,7 +51,7 @@ class KVCache:
         free_pages: the first `num_free` are the pages that no sequence holds, int32 [P].
         num_free: int32 scalar.
         format: one of `FORMATS`.
-        dtype: what `dequantize` returns, and the format of "float" and of recent keys.
+        dtype: what `dequantize` returns, and the format of "float" and of recent tokens.
         head_dim: H.
     """
 
@@ -60,7 +61,8 @@ class KVCache:
     value_scale: Any
     key_offset: Any
     value_offset: Any
-    recent: Any
+    recent_key: Any
+    recent_value: Any
     key_absmax: Any
     value_absmax: Any
     lengths: jax.Array
@@ -82,7 +84,7 @@ class KVCache:
         *,
         format: str = "int8",
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        window: int = 128,
+        window: int | None = None,
         key_absmax: jax.Array | None = None,
         value_absmax: jax.Array | None = None,
     ) -> "KVCache":
@@ -96,7 +98,8 @@ class KVCache:
             format: "float", "int8" and "float8_e4m3fn" (a scale for each token and head), "int4" and "int2" (KIVI: keys
                 per channel in groups of 32 tokens, values per token in groups of 32 channels).
             dtype: the float type of the model's keys and values.
-            window: latest keys that a grouped format keeps in float, a multiple of 32 (of 64 for the kernel).
+            window: latest tokens that are attended to in float, a multiple of 32 (of 64 for the kernel): 128 by default
+                for a grouped format, which cannot do without, 0 for an 8-bit one.
             key_absmax: for an 8-bit format with static scales, the largest magnitude of each head's keys in
                 calibration, [K] float; larger ones are clipped. By default every token has a scale of its own.
             value_absmax: the same of values; given together.
@@ -113,7 +116,8 @@ class KVCache:
             >>> int(cache.lengths[0]), cache.attend(jnp.ones((1, 4, 32))).shape, cache.bytes_per_token
             (3, (1, 4, 32), 144.0)
         """
-        _check_sizes(format, capacity, head_dim, window)
+        window = _window(format, window)
+        _check_sizes(format, capacity, head_dim)
         stores = _stores(format, dtype, batch, capacity, kv_heads, head_dim)
         state = _empty(batch, kv_heads, format, dtype, head_dim, window)
         state |= _static_scales(format, kv_heads, key_absmax, value_absmax)
@@ -131,7 +135,7 @@ class KVCache:
         page_size: int = 64,
         format: str = "int8",
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        window: int = 128,
+        window: int | None = None,
         key_absmax: jax.Array | None = None,
         value_absmax: jax.Array | None = None,
     ) -> "KVCache":
@@ -144,7 +148,7 @@ class KVCache:
             head_dim: channels of a head.
             pages: pages of all sequences together.
             page_size: tokens of a page; the kernel wants a multiple of 64.
-            format: as of `init`; recent keys of a grouped format lie outside the pages.
+            format: as of `init`; recent tokens lie outside the pages.
             dtype: the float type of the model's keys and values.
             window: as of `init`.
             key_absmax: as of `init`.
@@ -163,8 +167,8 @@ class KVCache:
         """
         if pages < 1 or page_size < 1:
             raise ValueError(f"pages and page_size must be positive, got {pages} and {page_size}")
-        _check_sizes(format, -(-capacity // page_size) * page_size, head_dim, window)
-        _check_sizes(format, page_size, head_dim, window)
+        window = _window(format, window)
+        _check_sizes(format, min(capacity, page_size) if format not in GROUPED else page_size, head_dim)
         stores = _stores(format, dtype, pages, page_size, kv_heads, head_dim)
         table = jnp.zeros((batch, -(-capacity // page_size)), jnp.int32)
         free = {"free_pages": jnp.arange(pages, dtype=jnp.int32), "num_free": jnp.int32(pages)}
@@ -218,6 +222,8 @@ class KVCache:
             cache = cache._write_groups(key, value, place, lengths)
         else:
             cache = cache._write_tokens(key, value, place)
+        if self.recent_key is not None:
+            cache = cache._write_recent(key, value, lengths)
         return dataclasses.replace(cache, lengths=lengths)
 
     def attend(self, query: jax.Array, *, scale: float | None = None, implementation: str | None = None) -> jax.Array:
@@ -308,8 +314,8 @@ class KVCache:
         )
 
     def _write_groups(self, key, value, place, lengths) -> "KVCache":
-        """Values go to their place at once, keys to the ring, and groups that leave the ring to theirs."""
-        bits, window, tokens = GROUPED[self.format], self.recent.shape[2], key.shape[1]
+        """Values go to their place at once, keys when the group that they belong to leaves the ring."""
+        bits, window, tokens = GROUPED[self.format], self.recent_key.shape[2], key.shape[1]
         row, column = place
         codes, *grids = quantize_groups(value.transpose(0, 2, 3, 1), bits)
         parts = {"value": kv_layout.pack_values(codes, bits), "value_scale": grids[0], "value_offset": grids[1]}
@@ -317,8 +323,7 @@ class KVCache:
             name: getattr(self, name).at[row, :, :, column].set(x.transpose(0, 3, 1, 2), mode="drop")
             for name, x in parts.items()
         }
-        key = key.astype(self.dtype).swapaxes(1, 2)
-        recent = jnp.concatenate([unroll_ring(self.recent, self.lengths), key], axis=2)
+        recent = jnp.concatenate([unroll_ring(self.recent_key, self.lengths), _by_head(key, self.dtype)], axis=2)
         start = self.lengths - window
         first, end = (quantized_tokens(n, window) for n in (self.lengths, lengths))
         count = -(-tokens // kv_layout.GROUP) + 1
@@ -332,12 +337,26 @@ class KVCache:
             groups = by_group(store, self.value.shape[-1] // kv_layout.GROUP)
             groups = groups.at[row, :, column // kv_layout.GROUP].set(by_group(x, count).swapaxes(1, 2), mode="drop")
             written[name] = groups.reshape(store.shape)
-        return dataclasses.replace(self, recent=fill_ring(recent, start, lengths, window), **written)
+        return dataclasses.replace(self, **written)
+
+    def _write_recent(self, key, value, lengths) -> "KVCache":
+        """Tokens go to the rings; `self.lengths` are still those before them."""
+        window, rings = self.recent_key.shape[2], (self.recent_key, self.recent_value.swapaxes(2, 3))
+        key, value = (
+            fill_ring(
+                jnp.concatenate([unroll_ring(ring, self.lengths), _by_head(x, self.dtype)], axis=2),
+                self.lengths - window,
+                lengths,
+                window,
+            )
+            for ring, x in zip(rings, (key, value), strict=True)
+        )
+        return dataclasses.replace(self, recent_key=key, recent_value=value.swapaxes(2, 3))
 
     def _arrays(self) -> Cache:
         """What the kernel reads."""
         scales = self.key_scale, self.value_scale, self.key_offset, self.value_offset
-        return Cache(self.key, self.value, *scales, self.recent, self.page_table)
+        return Cache(self.key, self.value, *scales, self.recent_key, self.recent_value, self.page_table)
 
     def _check_tokens(self, key, value, counts):
         batch, kv_heads = self.lengths.shape[0], self.value.shape[1]
@@ -355,8 +374,9 @@ class KVCache:
 def _empty(batch: int, kv_heads: int, format: str, dtype, head_dim: int, window: int) -> dict[str, Any]:
     """What every cache has besides its stores."""
     counts = {"lengths": jnp.zeros((batch,), jnp.int32), "overflowed": jnp.zeros((batch,), bool)}
-    recent = jnp.zeros((batch, kv_heads, window, head_dim), dtype) if format in GROUPED else None
-    return {**counts, "recent": recent, "format": format, "dtype": jnp.dtype(dtype), "head_dim": head_dim}
+    shapes = {"recent_key": (window, head_dim), "recent_value": (head_dim, window)}
+    recent = {name: jnp.zeros((batch, kv_heads, *shape), dtype) if window else None for name, shape in shapes.items()}
+    return {**counts, **recent, "format": format, "dtype": jnp.dtype(dtype), "head_dim": head_dim}
 
 
 def _stores(format: str, dtype, rows: int, tokens: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
@@ -407,14 +427,30 @@ def _quantize_tokens(x: jax.Array, static, format: str, dtype: jnp.dtype) -> tup
     return (jnp.round(codes) if format == "int8" else codes).astype(dtype), absmax * (1 / EIGHT_BIT[format])
 
 
-def _check_sizes(format: str, capacity: int, head_dim: int, window: int):
+def _by_head(x: jax.Array, dtype) -> jax.Array:
+    return x.astype(dtype).swapaxes(1, 2)
+
+
+def _window(format: str, window: int | None) -> int:
+    """Recent tokens kept in float."""
+    window = (128 if format in GROUPED else 0) if window is None else window
+    least = kv_layout.GROUP if format in GROUPED else 0
+    if window % kv_layout.GROUP or window < least or (window and format == "float"):
+        raise ValueError(
+            f"window must be a multiple of {kv_layout.GROUP}, positive for a format of 4 or 2 bits and 0 for 'float',"
+            f" got {window} for {format!r}"
+        )
+    return window
+
+
+def _check_sizes(format: str, capacity: int, head_dim: int):
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
     if capacity < 1:
         raise ValueError(f"capacity must be positive, got {capacity}")
     group = kv_layout.GROUP
-    if format in GROUPED and (capacity % group or head_dim % group or window % group or window < group):
+    if format in GROUPED and (capacity % group or head_dim % group):
         raise ValueError(
-            f"format {format!r} has groups of {group}: capacity or page_size, head_dim and window must be multiples of"
-            f" it, got {capacity}, {head_dim} and {window}"
+            f"format {format!r} has groups of {group}: capacity or page_size, and head_dim, must be multiples of it,"
+            f" got {capacity} and {head_dim}"
         )

@@ -25,7 +25,8 @@ def decode_attention(
     v_scale: jax.Array | None = None,
     k_offset: jax.Array | None = None,
     v_offset: jax.Array | None = None,
-    recent: jax.Array | None = None,
+    recent_k: jax.Array | None = None,
+    recent_v: jax.Array | None = None,
     page_table: jax.Array | None = None,
     scale: float | None = None,
     implementation: str | None = None,
@@ -48,8 +49,10 @@ def decode_attention(
         v_scale: the same of values, positive; float16 [P, K, H / 32, S] for packed codes.
         k_offset: for packed codes, like k_scale.
         v_offset: like v_scale.
-        recent: for packed codes, the latest keys in float [B, K, window, H], window a multiple of 32. Tokens are read
-            from here that `quantized_tokens(lengths, window)` does not count, token t in `ring_slot(t, window)`.
+        recent_k: the latest keys in float [B, K, window, H], window a multiple of 32; packed codes need it, other
+            codes may have it. Tokens are read from here that `quantized_tokens(lengths, window)` does not count,
+            token t in `layout.ring_slot(t, window)`.
+        recent_v: the latest values in float [B, K, H, window].
         page_table: the pages of each sequence in order, int [B, pages]; entries must be valid page numbers.
         scale: the softmax scale; 1 / sqrt(H) by default.
         implementation: "mosaic_gpu" (a Hopper GPU; never falls back), "xla" (any device), or None: the kernel on a GPU
@@ -71,7 +74,7 @@ def decode_attention(
         >>> decode_attention(q, k, v, jnp.array([3, 32])).shape
         (2, 4, 64)
     """
-    cache = Cache(k, v, k_scale, v_scale, k_offset, v_offset, recent, page_table)
+    cache = Cache(k, v, k_scale, v_scale, k_offset, v_offset, recent_k, recent_v, page_table)
     _check(q, lengths, cache, implementation)
     config = default_config(q, cache) if config is None else config
     reason = supports(q, cache, config)
@@ -98,12 +101,11 @@ def _check(q: jax.Array, lengths: jax.Array, cache: Cache, implementation: str |
     if q.shape[2] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q {q.shape} and k {k.shape} must agree in head_dim, q's heads be a multiple of k's")
     (_check_groups if cache.grouped else _check_tokens)(cache)
+    _check_recent(q.shape[0], cache)
     if lengths.shape != q.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(f"lengths must be integers of shape {q.shape[:1]}, got {lengths.dtype} of {lengths.shape}")
     if table is None and k.shape[0] != q.shape[0]:
         raise ValueError(f"q {q.shape} and k {k.shape} must agree in batch where there is no page table")
-    if cache.recent is not None and cache.recent.shape[0] != q.shape[0]:
-        raise ValueError(f"recent {cache.recent.shape} must have a window for each of the {q.shape[0]} sequences")
     if table is not None and (table.ndim != 2 or table.shape[0] != q.shape[0] or table.dtype != jnp.int32):
         raise ValueError(f"page_table must be int32 [{q.shape[0]}, pages], got {table.dtype} {table.shape}")
     if implementation not in (None, "mosaic_gpu", "xla"):
@@ -119,7 +121,7 @@ def _check_tokens(cache: Cache):
             raise ValueError(f"{name} must be given for 8-bit keys and values, and only for them; k is {k.dtype}")
         if x is not None and (x.shape != k.shape[:3] or x.dtype != jnp.float32):
             raise ValueError(f"{name} must be float32 of shape {k.shape[:3]}, got {x.dtype} of shape {x.shape}")
-    for name, x in (("k_offset", cache.k_offset), ("v_offset", cache.v_offset), ("recent", cache.recent)):
+    for name, x in (("k_offset", cache.k_offset), ("v_offset", cache.v_offset)):
         if x is not None:
             raise ValueError(f"{name} belongs to packed uint8 codes; k is {k.dtype}")
 
@@ -143,7 +145,19 @@ def _check_groups(cache: Cache):
         if x is None or x.shape != (rows, kv_heads, *shape) or x.dtype != dtype:
             got = None if x is None else f"{x.dtype} of shape {x.shape}"
             raise ValueError(f"{name} must be {dtype.__name__} of shape {(rows, kv_heads, *shape)}, got {got}")
-    recent = cache.recent
-    if recent is None or recent.ndim != 4 or recent.shape[1::2] != (kv_heads, head_dim) or recent.shape[2] % GROUP:
-        got = None if recent is None else recent.shape
-        raise ValueError(f"recent must be [batch, {kv_heads}, a multiple of {GROUP}, {head_dim}], got {got}")
+
+
+def _check_recent(batch: int, cache: Cache):
+    kv_heads, head_dim = cache.k.shape[1::2]
+    k, v = cache.recent_k, cache.recent_v
+    if k is None and v is None and not cache.grouped:
+        return
+    if k is None or v is None or cache.k_scale is None:
+        raise ValueError("recent_k and recent_v come together, beside codes, and packed codes need them")
+    window = k.shape[2] if k.ndim == 4 else 0
+    if k.shape != (batch, kv_heads, window, head_dim) or window < GROUP or window % GROUP:
+        raise ValueError(f"recent_k must be [{batch}, {kv_heads}, a multiple of {GROUP}, {head_dim}], got {k.shape}")
+    if v.shape != (batch, kv_heads, head_dim, window) or v.dtype != k.dtype:
+        raise ValueError(
+            f"recent_v must be recent_k transposed, got {v.dtype} of shape {v.shape} for {k.dtype} {k.shape}"
+        )

@@ -17,7 +17,8 @@ class Cache(NamedTuple):
     v_scale: jax.Array | None = None
     k_offset: jax.Array | None = None
     v_offset: jax.Array | None = None
-    recent: jax.Array | None = None
+    recent_k: jax.Array | None = None
+    recent_v: jax.Array | None = None
     page_table: jax.Array | None = None
 
     @property

@@ -86,10 +86,10 @@ def supports(q: jax.Array, cache: Cache, config: Config) -> str | None:
     if tokens % 16 or (paged and tokens % config.block):
         page = tokens if paged else None
         return f"the capacity must be a multiple of 16 and a page of {config.block} tokens, got {tokens}, {page}"
-    if cache.recent is not None:
-        window, dtype = cache.recent.shape[2], cache.recent.dtype
+    if cache.recent_k is not None:
+        window, dtype = cache.recent_k.shape[2], cache.recent_k.dtype
         if window % config.block or dtype not in (jnp.bfloat16, jnp.float16):
-            return f"recent keys must be a multiple of {config.block} in 16 bits, got {window} of {dtype}"
+            return f"recent tokens must be a multiple of {config.block} in 16 bits, got {window} of {dtype}"
     bytes_needed = shared_memory(q, cache, config)
     if bytes_needed > SHARED_MEMORY_BYTES:
         return f"{config} needs {bytes_needed} bytes of shared memory, Hopper has {SHARED_MEMORY_BYTES}"
@@ -105,13 +105,20 @@ def shared_memory(q: jax.Array, cache: Cache, config: Config) -> int:
     """Bytes of shared memory of one block: buffers in multiples of 1 KB, then the barriers."""
     head_dim, group = q.shape[2], padded_group(q.shape[1], cache.k.shape[1])
     staged, block = config.stages * config.block, config.block
-    codes = staged * head_dim * cache.bits // 8
-    buffers = [codes, codes, 2 * group * head_dim, 2 * group * head_dim, 2 * group * block, REDUCTION_BYTES]
+    tiles = 2 * [staged * head_dim * cache.bits // 8]
+    buffers = [2 * group * head_dim, 2 * group * head_dim, 2 * group * block, REDUCTION_BYTES]
     if cache.grouped:
-        buffers += 4 * [2 * staged * head_dim // GROUP_SIZE] + [2 * block * head_dim, 2 * group * head_dim]
+        tiles += 4 * [2 * staged * head_dim // GROUP_SIZE]
     elif cache.bits == 8:
-        buffers += 2 * [4 * staged]
+        tiles += 2 * [4 * staged]
+    if cache.recent_k is not None:
+        tiles = [max(sum(map(_aligned, tiles)), 2 * 2 * block * head_dim)]
+        buffers += [2 * group * head_dim, 2 * group * block]
     if others := config.split - 1:
         buffers += [4 * others * rows * group for rows in (head_dim, STATISTIC_ROWS, STATISTIC_ROWS)]
-    barriers = 8 * (config.stages + 3)
-    return sum(-(-buffer // ALIGNMENT) * ALIGNMENT for buffer in buffers) + barriers
+    barriers = 8 * (config.stages + 4)
+    return sum(map(_aligned, tiles + buffers)) + barriers
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

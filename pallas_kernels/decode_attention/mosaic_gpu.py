@@ -4,8 +4,8 @@ A block of one warpgroup walks over the tokens of one sequence and key head, or 
 cluster split the context and merge in distributed shared memory, so that one launch does everything. The query heads
 that share a key head are the 8 columns of two products: S^T = K q^T and O^T = V^T P^T. The cache is on the side that
 wgmma takes from registers, where codes become float16 numbers (`operand`): exactly those of 8 bits, whose scales
-multiply the scores and the weights, and with their scale and offset those of fewer bits. Of these, the last few tiles
-take their keys from the ring of recent keys.
+multiply the scores and the weights, and with their scale and offset those of fewer bits. The last few
+tiles may come from a ring of recent tokens that were not rounded.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def decode_attention_mosaic_gpu(
     kv_heads = cache.k.shape[1]
     queries = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     operands = {"q": queries, "lengths": lengths} | {k: x for k, x in cache._asdict().items() if x is not None}
-    plan = _Plan(scale, config, cache.bits, cache.grouped, coded=cache.k.dtype != q.dtype)
+    plan = _Plan(scale, config, cache.bits, cache.grouped, cache.k.dtype != q.dtype, cache.recent_k is not None)
     call = plgpu.kernel(
         lambda *refs: pl.run_scoped(
             functools.partial(_kernel, plan, dict(zip(operands, refs, strict=False)), refs[-1]),
@@ -60,13 +60,14 @@ def decode_attention_mosaic_gpu(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """The static part of a launch: `coded` operands pass through registers, `grouped` ones have recent keys."""
+    """The static part of a launch: `coded` operands pass through registers, those of a `ring` do not."""
 
     scale: float
     config: Config
     bits: int
     grouped: bool
     coded: bool
+    ring: bool
 
     def copied(self, operands: dict) -> dict:
         """The arrays of which every tile has a part, and that part: an index of shared memory's shape a token tile."""
@@ -93,16 +94,19 @@ def _scratch(plan: _Plan, operands: dict) -> dict:
         "q_ready": plgpu.Barrier(),
         "ready": plgpu.Barrier(num_barriers=stages, num_arrivals=len(copied)),
     }
+    tiles = {}
     for name, count in copied.items():
         shape = list(operands[name].shape[2:])
         shape[_token_axis(name, shape)] = count
-        scratch[name] = (plgpu.SMEM if plan.coded else _tiled)((stages, *shape), operands[name].dtype)
-    if plan.grouped:
-        scratch |= {
-            "recent": _tiled((block, head_dim), operands["recent"].dtype),
-            "recent_q": _tiled((group, head_dim), operands["recent"].dtype),
-            "recent_ready": plgpu.Barrier(),
-        }
+        tiles[name] = (plgpu.SMEM if plan.coded else _tiled)((stages, *shape), operands[name].dtype)
+    if plan.ring:  # whose tiles take the place of the coded ones
+        dtype = operands["recent_k"].dtype
+        recent = {"recent_k": _tiled((block, head_dim), dtype), "recent_v": _tiled((head_dim, block), dtype)}
+        scratch |= {"recent_q": _tiled((group, head_dim), dtype), "recent_p": _tiled((group, block), dtype)}
+        scratch |= {f"{name}_ready": plgpu.Barrier() for name in recent}
+        scratch["tiles"] = plgpu.RefUnion(tiles, recent)
+    else:
+        scratch |= tiles
     if others:
         scratch |= {
             "partial": _tiled((others, head_dim, group), jnp.float32),
@@ -128,29 +132,32 @@ def _tiled(shape: tuple[int, ...], dtype, columns: int | None = None):
 
 
 class _Tiles:
-    """The tiles of one sequence: `coded` ones, then those whose keys are recent; a tile may be in both, in parts."""
+    """The tiles of one sequence: coded ones, then those of the ring; a tile may be in both, in parts."""
 
     def __init__(self, plan: _Plan, refs: dict, batch):
         self.plan, self.block = plan, plan.config.block
         pages = refs["page_table"].shape[1] if "page_table" in refs else 1
         self.length = jnp.clip(refs["lengths"][batch], 0, pages * refs["v"].shape[3])
-        self.quantized = quantized_tokens(self.length, refs["recent"].shape[2]) if plan.grouped else self.length
+        self.quantized = quantized_tokens(self.length, refs["recent_k"].shape[2]) if plan.ring else self.length
         self.coded = self._up(self.quantized)
         self.first_recent = lax.div(self.quantized, jnp.int32(self.block))
-        self.count = self.coded + (self._up(self.length) - self.first_recent if plan.grouped else 0)
+        self.count = self.coded + (self._up(self.length) - self.first_recent if plan.ring else 0)
 
     def _up(self, tokens):
         return lax.div(tokens + self.block - 1, jnp.int32(self.block))
 
     def first_token(self, tile):
         """The token that a tile begins with."""
-        if not self.plan.grouped:
+        if not self.plan.ring:
             return tile * self.block
         return jnp.where(tile < self.coded, tile, tile - self.coded + self.first_recent) * self.block
 
 
 def _kernel(plan: _Plan, refs: dict, out_ref, smem: dict):
     """One block: its share of the tokens of one sequence and key head."""
+    if plan.ring:
+        coded, recent = smem["tiles"]
+        smem = smem | coded | recent
     batch, head, rank = (lax.axis_index(name) for name in ("batch", "head", "split"))
     stages, split = plan.config.stages, plan.config.split
     tiles = _Tiles(plan, refs, batch)
@@ -159,36 +166,39 @@ def _kernel(plan: _Plan, refs: dict, out_ref, smem: dict):
     fetch_recent = functools.partial(_by_one_warp, functools.partial(_fetch_recent, refs, smem, tiles, batch, head))
 
     plgpu.copy_gmem_to_smem(refs["q"].at[batch, head], smem["rows"].at[pl.ds(0, refs["q"].shape[2])], smem["q_ready"])
+    coded_last = jnp.minimum(last, tiles.coded) if plan.ring else last
     for i in range(stages):
-        pl.when(first + i < last)(lambda i=i: fetch(first + i))
-    first_recent = jnp.maximum(first, tiles.coded)
-    if plan.grouped:
-        pl.when(first_recent < last)(lambda: fetch_recent(first_recent))
+        pl.when(first + i < coded_last)(lambda i=i: fetch(first + i))
     plgpu.barrier_wait(smem["q_ready"])
     _spread_queries(plan, smem)
 
     def step(tile, state, recent: bool):
         slot = lax.rem(tile - first, jnp.int32(stages))
-        plgpu.barrier_wait(smem["ready"].at[slot])
-        if recent:
-            plgpu.barrier_wait(smem["recent_ready"])
+        plgpu.barrier_wait(smem["recent_k_ready"] if recent else smem["ready"].at[slot])
         x = _scores(plan, smem, slot, recent)
         start = tiles.first_token(tile)
         row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=TILE)
         token = operand.token_of_row(row) if plan.coded else row
-        end = tiles.quantized if plan.grouped and not recent else tiles.length
+        end = tiles.length if recent else tiles.quantized
         seen = token < end - start
         if recent:
             seen = seen & (token >= tiles.quantized - start)
-        p, decay, state = _softmax(plan, smem, slot, jnp.where(seen, x, -jnp.inf), state)
-        smem["p"].T[...] = jnp.where(seen, p, 0.0).astype(smem["p"].dtype)
+        scale = None
+        if plan.coded and not plan.grouped and not recent:
+            scale = operand.token_order(smem["v_scale"].at[slot])
+        p, decay, state = _softmax(jnp.where(seen, x, -jnp.inf), scale, state)
+        weights = smem["recent_p" if recent else "p"]
+        weights.T[...] = jnp.where(seen, p, 0.0).astype(weights.dtype)
         plgpu.commit_smem()
+        if recent:
+            plgpu.barrier_wait(smem["recent_v_ready"])
         acc, *statistics = state
-        acc = acc * _along_columns(decay, acc) + _output(plan, smem, slot)
-        _synchronize_warpgroup()  # every warp has read its part of the slot
-        pl.when(tile + stages < last)(lambda: fetch(tile + stages))
+        acc = acc * _along_columns(decay, acc) + _output(plan, smem, slot, recent)
+        _synchronize_warpgroup()  # every warp has read its part of the tile
         if recent:
             pl.when(tile + 1 < last)(lambda: fetch_recent(tile + 1))
+        else:
+            pl.when(tile + stages < coded_last)(lambda: fetch(tile + stages))
         return acc, *statistics
 
     group, head_dim = smem["q"].shape
@@ -196,9 +206,10 @@ def _kernel(plan: _Plan, refs: dict, out_ref, smem: dict):
     maximum = plgpu.layout_cast(jnp.full((group,), LOWEST_MAXIMUM, jnp.float32), PER_COLUMN)
     total = plgpu.layout_cast(jnp.zeros((plan.config.block, group), jnp.float32), TILE)
     state = acc, maximum, total
-    coded_last = jnp.minimum(last, tiles.coded) if plan.grouped else last
     state = lax.fori_loop(first, coded_last, functools.partial(step, recent=False), state)
-    if plan.grouped:
+    if plan.ring:
+        first_recent = jnp.maximum(first, tiles.coded)
+        pl.when(first_recent < last)(lambda: fetch_recent(first_recent))
         state = lax.fori_loop(first_recent, last, functools.partial(step, recent=True), state)
     acc, maximum, total = state
     state = acc, maximum, jnp.sum(total, axis=0)
@@ -233,10 +244,11 @@ def _fetch(plan: _Plan, refs: dict, smem: dict, tiles: _Tiles, batch, head, firs
 
 
 def _fetch_recent(refs: dict, smem: dict, tiles: _Tiles, batch, head, tile):
-    """Starts the copy of a tile's recent keys, which the ring has side by side."""
-    slot = lax.rem(tiles.first_token(tile), jnp.int32(refs["recent"].shape[2]))
+    """Starts the copies of a tile's recent tokens, which the ring has side by side."""
+    slot = lax.rem(tiles.first_token(tile), jnp.int32(refs["recent_k"].shape[2]))
     tokens = pl.ds(slot, tiles.block)
-    plgpu.copy_gmem_to_smem(refs["recent"].at[batch, head, tokens], smem["recent"], smem["recent_ready"])
+    plgpu.copy_gmem_to_smem(refs["recent_k"].at[batch, head, tokens], smem["recent_k"], smem["recent_k_ready"])
+    plgpu.copy_gmem_to_smem(refs["recent_v"].at[batch, head, :, tokens], smem["recent_v"], smem["recent_v_ready"])
 
 
 def _spread_queries(plan: _Plan, smem: dict):
@@ -244,8 +256,8 @@ def _spread_queries(plan: _Plan, smem: dict):
     rows = smem["rows"]
     if plan.coded:
         smem["q"].T[...] = operand.channel_order(rows, bits=plan.bits).astype(smem["q"].dtype)
-    if plan.grouped or not plan.coded:
-        natural = smem["recent_q" if plan.grouped else "q"]
+    if plan.ring or not plan.coded:
+        natural = smem["recent_q" if plan.ring else "q"]
         natural.T[...] = plgpu.load(rows.T, layout=TILE, optimized=False).astype(natural.dtype)
     plgpu.commit_smem()
 
@@ -259,20 +271,22 @@ def _scores(plan: _Plan, smem: dict, slot, recent: bool):
     """Scores [tokens, group] of a slot in base 2."""
     shape = (plan.config.block, smem["q"].shape[0])
     if recent:
-        x = _product([(smem["recent"], smem["recent_q"].T)], shape)
+        x = _product([(smem["recent_k"], smem["recent_q"].T)], shape)
     elif plan.coded:
         x = _product(_parts(plan, "k", smem, slot, smem["q"]), shape)
     else:
         x = _product([(smem["k"].at[slot], smem["q"].T)], shape)
     x = x * (plan.scale * LOG2_E)
-    if plan.coded and not plan.grouped:
+    if plan.coded and not plan.grouped and not recent:
         x = x * _along_rows(operand.token_order(smem["k_scale"].at[slot]), x)
     return x
 
 
-def _output(plan: _Plan, smem: dict, slot):
+def _output(plan: _Plan, smem: dict, slot, recent: bool):
     """What a slot's values add to the output [H, group]."""
     group, head_dim = smem["q"].shape
+    if recent:
+        return _product([(smem["recent_v"], smem["recent_p"].T)], (head_dim, group))
     if plan.coded:
         return _product(_parts(plan, "v", smem, slot, smem["p"]), (head_dim, group))
     return _product([(smem["v"].at[slot], smem["p"].T)], (head_dim, group))
@@ -299,16 +313,14 @@ def _product(operands, shape: tuple[int, int]):
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
-def _softmax(plan: _Plan, smem: dict, slot, x, state):
-    """Weights of a tile's scores x, the decay of what was summed before, and the state with the tile's statistics.
+def _softmax(x, scale, state):
+    """Weights of a tile's scores x, the decay of what was summed before, and the state with its statistics.
 
-    A scale of values belongs to the weights. It enters as its logarithm, before the maximum is taken: a weight with
+    The scale of a token's values, if not None, belongs to its weight. It enters as its logarithm, before the maximum is taken: a weight with
     its scale is then at most 1, whatever the scale, and cannot vanish in float16 beside one that counts.
     """
     acc, maximum, total = state
-    scaled = x
-    if plan.coded and not plan.grouped:
-        scaled = x + _along_rows(jnp.log2(operand.token_order(smem["v_scale"].at[slot])), x)
+    scaled = x if scale is None else x + _along_rows(jnp.log2(scale), x)
     new_maximum = jnp.maximum(maximum, jnp.max(scaled, axis=0))
     decay = jnp.exp2(maximum - new_maximum)
     p = weights = jnp.exp2(scaled - _along_columns(new_maximum, x))

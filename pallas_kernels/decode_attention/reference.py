@@ -36,17 +36,21 @@ def dequantize(cache: Cache, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
             if (x := getattr(cache, name)) is not None
         }
         cache = cache._replace(**joined, page_table=None)
-    k, v, k_scale, v_scale, k_offset, v_offset, recent, _ = cache
+    k, v, k_scale, v_scale, k_offset, v_offset, recent_k, recent_v, _ = cache
     if k_scale is None or v_scale is None:
         return k.astype(jnp.float32), v.astype(jnp.float32)
-    if recent is None or k_offset is None or v_offset is None:
-        return k.astype(jnp.float32) * k_scale[..., None], v.astype(jnp.float32) * v_scale[:, :, None]
-    k = dequantize_codes(unpack_keys(k, cache.bits), k_scale, k_offset, cache.bits)
-    v = dequantize_codes(unpack_values(v, cache.bits), v_scale, v_offset, cache.bits)
-    token = jnp.arange(cache.capacity, dtype=jnp.int32)
-    in_ring = token[None] >= quantized_tokens(lengths, recent.shape[2])[:, None]
-    recent = recent[:, :, ring_slot(token, recent.shape[2])].astype(jnp.float32)
-    return jnp.where(in_ring[:, None, :, None], recent, k), v
+    if k_offset is None or v_offset is None:
+        k, v = k.astype(jnp.float32) * k_scale[..., None], v.astype(jnp.float32) * v_scale[:, :, None]
+    else:
+        k = dequantize_codes(unpack_keys(k, cache.bits), k_scale, k_offset, cache.bits)
+        v = dequantize_codes(unpack_values(v, cache.bits), v_scale, v_offset, cache.bits)
+    if recent_k is None or recent_v is None:
+        return k, v
+    token, window = jnp.arange(cache.capacity, dtype=jnp.int32), recent_k.shape[2]
+    in_ring = (token[None] >= quantized_tokens(lengths, window)[:, None])[:, None]
+    slot = ring_slot(token, window)
+    k = jnp.where(in_ring[..., None], recent_k[:, :, slot].astype(jnp.float32), k)
+    return k, jnp.where(in_ring[:, :, None], recent_v[..., slot].astype(jnp.float32), v)
 
 
 def dequantize_codes(codes: jax.Array, scale: jax.Array, offset: jax.Array, bits: int) -> jax.Array:
@@ -63,7 +67,7 @@ def dequantize_codes(codes: jax.Array, scale: jax.Array, offset: jax.Array, bits
 
 
 def quantized_tokens(lengths: jax.Array, window: int, group_size: int = GROUP) -> jax.Array:
-    """How many tokens of each sequence have left a ring of recent keys: whole groups, no more than needed."""
+    """How many tokens of each sequence have left a ring of recent ones: whole groups, no more than needed."""
     return (jnp.maximum(lengths - window, 0) + group_size - 1) // group_size * group_size
 
 

@@ -8,6 +8,7 @@ import pytest
 from jaxquant.kv_cache import FORMATS, KVCache
 
 HEADS, DIM = 2, 32
+WINDOWS = {"int8": 64, "int4": 32, "int2": 32}
 append, attend, dequantize = (jax.jit(f) for f in (KVCache.append, KVCache.attend, KVCache.dequantize))
 
 
@@ -48,7 +49,7 @@ def test_appending_at_once_is_appending_one_by_one(rng, format):
     """A prompt of ragged lengths, then tokens under jit and scan."""
     key, value = tokens(rng, 3, 150)
     counts = jnp.array([0, 37, 90])
-    cache = KVCache.init(3, 192, HEADS, DIM, format=format, dtype=jnp.float32, window=64)
+    cache = KVCache.init(3, 192, HEADS, DIM, format=format, dtype=jnp.float32, window=WINDOWS.get(format))
     at_once = append(cache, key, value, counts)
     check(at_once, key, value, counts)
 
@@ -66,7 +67,7 @@ def test_appending_at_once_is_appending_one_by_one(rng, format):
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_full_cache_drops_and_says_so(rng, format):
     key, value = tokens(rng, 2, 80)
-    cache = KVCache.init(2, 64, HEADS, DIM, format=format, dtype=jnp.float32, window=32)
+    cache = KVCache.init(2, 64, HEADS, DIM, format=format, dtype=jnp.float32, window=WINDOWS.get(format))
     cache = append(cache, key, value, jnp.array([64, 50]))
     np.testing.assert_array_equal(cache.overflowed, [False, False])
     fuller = append(cache, key[:, 50:65], value[:, 50:65])
@@ -78,7 +79,7 @@ def test_a_full_cache_drops_and_says_so(rng, format):
 
 
 @pytest.mark.parametrize("format", ["int4", "int2"])
-def test_recent_keys_are_exact_and_a_channel_bias_costs_nothing(rng, format):
+def test_recent_tokens_are_exact_and_a_channel_bias_costs_nothing(rng, format):
     key, value = tokens(rng, 1, 100)
     biased = key + jnp.broadcast_to(20 * jnp.asarray(rng.normal(size=(1, 1, 1, DIM)), jnp.float32), key.shape)
     cache = KVCache.init(1, 128, HEADS, DIM, format=format, dtype=jnp.float32, window=64)
@@ -86,6 +87,9 @@ def test_recent_keys_are_exact_and_a_channel_bias_costs_nothing(rng, format):
     got = np.asarray(dequantize(cache)[0])[0].swapaxes(0, 1)
     expected = np.asarray(biased)[0]
     np.testing.assert_array_equal(got[64:100], expected[64:])  # of 100 tokens, 2 groups of 32 have left the ring
+    got_value = np.asarray(dequantize(cache)[1])[0].transpose(2, 0, 1)
+    np.testing.assert_array_equal(got_value[64:100], np.asarray(value)[0, 64:])
+    assert (got_value[:64] != np.asarray(value)[0, :64]).any()
     spread = np.ptp(np.asarray(key)[0, :64].reshape(2, 32, HEADS, DIM), axis=1).repeat(32, axis=0)
     levels = 2 ** int(format[-1]) - 1
     # Half a step, the rounding of a minimum of about 20 sigma and of the scale to float16's 11 bits.
@@ -97,8 +101,8 @@ def test_recent_keys_are_exact_and_a_channel_bias_costs_nothing(rng, format):
 @pytest.mark.parametrize("format", FORMATS)
 def test_pages_hold_what_a_fixed_cache_holds(rng, format):
     key, value = tokens(rng, 3, 100)
-    fixed = KVCache.init(3, 128, HEADS, DIM, format=format, dtype=jnp.float32, window=32)
-    paged = {"pages": 9, "page_size": 32, "format": format, "dtype": jnp.float32, "window": 32}
+    fixed = KVCache.init(3, 128, HEADS, DIM, format=format, dtype=jnp.float32, window=WINDOWS.get(format))
+    paged = {"pages": 9, "page_size": 32, "format": format, "dtype": jnp.float32, "window": WINDOWS.get(format)}
     paged = KVCache.init_paged(3, 128, HEADS, DIM, **paged)
     for start, end, counts in ((0, 70, [70, 5, 0]), (70, 100, [8, 30, 1])):
         more = key[:, start:end], value[:, start:end], jnp.array(counts)
@@ -131,7 +135,7 @@ def test_pages_run_out_and_come_back(rng):
 @pytest.mark.parametrize("format", FORMATS)
 def test_attention_over_the_cache_is_attention_over_its_floats(rng, format):
     key, value = tokens(rng, 2, 100)
-    cache = KVCache.init(2, 128, HEADS, DIM, format=format, dtype=jnp.float32, window=32)
+    cache = KVCache.init(2, 128, HEADS, DIM, format=format, dtype=jnp.float32, window=WINDOWS.get(format))
     cache = append(cache, key, value, jnp.array([100, 9]))
     query = jnp.asarray(rng.normal(size=(2, 4, DIM)), jnp.float32)
     k, v = (np.asarray(x, np.float64).repeat(2, axis=1) for x in dequantize(cache))
@@ -176,13 +180,13 @@ def test_bytes_per_token():
     expected = {"float": 4 * 2 * 128, "int8": 2 * 2 * 128 + 16, "float8_e4m3fn": 2 * 2 * 128 + 16}
     expected |= {"int4": 5 * 2 * 2 * 128 / 8, "int2": 3 * 2 * 2 * 128 / 8}  # 32 bits of scale and minimum for 32 codes
     for format in FORMATS:
-        assert KVCache.init(2, 64, 2, 128, format=format, window=64).bytes_per_token == expected[format]
+        assert KVCache.init(2, 64, 2, 128, format=format).bytes_per_token == expected[format]
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_value_that_is_not_finite_is_not_hidden(rng, format):
     key, value = tokens(rng, 1, 40)
-    cache = KVCache.init(1, 64, HEADS, DIM, format=format, dtype=jnp.float32, window=32)
+    cache = KVCache.init(1, 64, HEADS, DIM, format=format, dtype=jnp.float32, window=WINDOWS.get(format))
     broken = append(cache, key.at[0, 3, 0, 5].set(jnp.inf), value)
     assert np.isnan(attend(broken, jnp.ones((1, 4, DIM)))).any()
     broken = append(cache, key, value.at[0, 3, 0, 5].set(jnp.nan))
@@ -194,6 +198,8 @@ def test_bad_input_is_named(rng):
         KVCache.init(1, 64, 2, 32, format="int3")
     with pytest.raises(ValueError, match="groups of 32"):
         KVCache.init(1, 70, 2, 32, format="int4")
+    with pytest.raises(ValueError, match="window must be"):
+        KVCache.init(1, 64, 2, 32, format="int2", window=0)
     with pytest.raises(ValueError, match="groups of 32"):
         KVCache.init_paged(1, 64, 2, 32, pages=4, page_size=16, format="int4")
     with pytest.raises(ValueError, match="value_absmax: static scales"):

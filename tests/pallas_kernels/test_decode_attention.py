@@ -81,8 +81,9 @@ def test_the_default_configuration_fits(batch, tokens, dtype):
     shape = jax.ShapeDtypeStruct
     cache = Cache(shape((batch, 8, tokens, 128), dtype), shape((batch, 8, 128, tokens), dtype))
     if dtype == jnp.uint8:
+        packed = shape((batch, 8, tokens // 2, 128), dtype), shape((batch, 8, 64, tokens), dtype)
         recent = shape((batch, 8, 128, 128), jnp.bfloat16)
-        cache = Cache(shape((batch, 8, tokens // 2, 128), dtype), shape((batch, 8, 64, tokens), dtype), recent=recent)
+        cache = Cache(*packed, recent_k=recent, recent_v=recent)
     config = default_config(q, cache)
     assert supports(q, cache, config) is None
     assert shared_memory(q, cache, config) <= SHARED_MEMORY_BYTES

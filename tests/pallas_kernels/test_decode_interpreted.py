@@ -63,10 +63,14 @@ def random_cache(rng, format: str, batch: int, tokens: int, page_size: int | Non
     normal = lambda shape, dtype: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
     if format == "bf16":
         return Cache(normal(k_shape, jnp.bfloat16), normal(v_shape, jnp.bfloat16), page_table=table)
-    if format == "int8":
+    recent = (
+        normal((batch, kv_heads, 64, head_dim), jnp.bfloat16),
+        normal((batch, kv_heads, head_dim, 64), jnp.bfloat16),
+    )
+    if format.startswith("int8"):
         codes = [jnp.asarray(rng.integers(-128, 128, shape), jnp.int8) for shape in (k_shape, v_shape)]
         scales = [jnp.asarray(rng.uniform(0.005, 0.02, k_shape[:3]), jnp.float32) for _ in range(2)]
-        return Cache(*codes, *scales, page_table=table)
+        return Cache(*codes, *scales, None, None, *(recent if "ring" in format else [None, None]), table)
     bits = int(format[-1])
     packed = [
         pack(jnp.asarray(rng.integers(0, 2**bits, shape), jnp.uint8), bits)
@@ -75,8 +79,7 @@ def random_cache(rng, format: str, batch: int, tokens: int, page_size: int | Non
     grids = [(rows, kv_heads, size // 32, head_dim), (rows, kv_heads, head_dim // 32, size)]
     scales = [jnp.asarray(rng.uniform(1, 2, shape), jnp.float16) for shape in grids]
     offsets = [normal(shape, jnp.float16) - jnp.float16(2) for shape in grids]
-    recent = normal((batch, kv_heads, 64, head_dim), jnp.bfloat16)
-    return Cache(*packed, *scales, *offsets, recent, table)
+    return Cache(*packed, *scales, *offsets, *recent, table)
 
 
 # A ring that covers all, half a tile left in it, a tile that is partly in both; more blocks than tiles.
@@ -85,6 +88,7 @@ def random_cache(rng, format: str, batch: int, tokens: int, page_size: int | Non
     [
         ("bf16", (256, 0, 70), None, 2),
         ("int8", (256, 1, 130), 128, 1),
+        ("int8 with a ring", (200, 1, 97), None, 2),
         ("int4", (256, 40, 0), None, 1),
         ("int4", (161, 200, 97), 64, 2),
         ("int2", (193, 64, 128), None, 4),
