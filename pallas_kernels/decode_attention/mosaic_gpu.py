@@ -316,8 +316,9 @@ def _product(operands, shape: tuple[int, int]):
 def _softmax(x, scale, state):
     """Weights of a tile's scores x, the decay of what was summed before, and the state with its statistics.
 
-    The scale of a token's values, if not None, belongs to its weight. It enters as its logarithm, before the maximum is taken: a weight with
-    its scale is then at most 1, whatever the scale, and cannot vanish in float16 beside one that counts.
+    The scale of a token's values, if not None, belongs to its weight. It enters as its logarithm, before the maximum is
+    taken: a weight with its scale is then at most 1, whatever the scale, and cannot vanish in float16 beside one that
+    counts.
     """
     acc, maximum, total = state
     scaled = x if scale is None else x + _along_rows(jnp.log2(scale), x)
