@@ -70,7 +70,9 @@ class Execution(Interpreter):
                 atom, product = found
                 x = frame.read(atom)
                 siblings.setdefault(id(x), (x, []))[1].append(product)
-                frame.region.shared["norm", id(x)] = x, rms_norm_of(frame, atom)
+                norm = rms_norm_of(frame, atom)
+                if norm is not None:
+                    frame.region.shared["norm", id(x)] = x, norm
         for x, products in siblings.values():
             if len(products) > 1:
                 multiply_siblings(x, products, frame.region.shared)

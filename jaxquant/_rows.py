@@ -45,7 +45,7 @@ def rows_of(x: jax.Array, q: QArray, dims: Dims, shared: dict) -> Rows:
     elif grid is None:
         shared[key] = Rows(ready, _packed.to_rows(ready, q, dims))
     else:
-        _, norm = shared.get(("norm", id(x)), (x, None))
+        _, norm = shared.get(("norm", id(x)), (x, None))  # left by whoever walks the program
         shared[key] = Rows(ready, *_rounded_by_kernel(x, ready, norm, q, dims, grid))
     return shared[key]
 
