@@ -21,6 +21,7 @@ from jaxquant.checkpoint import MANIFEST, Manifest, read_manifest
 from jaxquant.interop import Module, plan_huggingface
 from jaxquant.interop.huggingface import insert
 
+_STUMBLES = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, AssertionError)
 BYTES_OF_A_BYTE = 1 << 15  # more than zstd makes of any; a claimed shape beyond that is no array in these files
 AHEAD_BYTES = 1 << 26  # opening an orbax folder takes as long as reading this much of small leaves
 
@@ -206,7 +207,7 @@ def _use_orbax(folder: pathlib.Path, use: Callable[[ocp.Checkpointer], Any]) -> 
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return use(checkpointer)
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+    except _STUMBLES as error:
         raise ValueError(f"{folder}: orbax cannot read it: {error!r}") from error
 
 

@@ -34,6 +34,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves its other reads behind
 @pytest.mark.parametrize("file", ["_METADATA", "manifest.ocdbt"])
 @settings(max_examples=15)
 @given(data=st.data())
