@@ -90,6 +90,8 @@ def _cache(case: Case, mode: str, keys) -> Cache:
         table = jax.random.permutation(keys[4], rows).astype(jnp.int32).reshape(case.batch, -1)
     if mode == "bf16":
         return Cache(*map(jax.random.normal, keys[:2], (k_shape, v_shape), 2 * [jnp.bfloat16]), page_table=table)
+    shapes = [(case.batch, case.kv_heads, *x) for x in ((WINDOW, case.head_dim), (case.head_dim, WINDOW))]
+    recent = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys[3:], shapes, strict=False)]
     if BITS[mode] < 8:
         packed = 8 // BITS[mode]
         k_shape, v_shape = (*head, size // packed, case.head_dim), (*head, case.head_dim // packed, size)
@@ -97,8 +99,6 @@ def _cache(case: Case, mode: str, keys) -> Cache:
         grids = [(*head, size // 32, case.head_dim), (*head, case.head_dim // 32, size)]
         scales = [jax.random.uniform(k, s, jnp.float16, 1, 3) for k, s in zip(keys[2:], grids, strict=False)]
         offsets = [-1.5 * x for x in scales]  # elements from -scale / 2 to scale / 2
-        shapes = [(case.batch, case.kv_heads, *x) for x in ((WINDOW, case.head_dim), (case.head_dim, WINDOW))]
-        recent = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys[3:], shapes, strict=False)]
         return Cache(*codes, *scales, *offsets, *recent, table)
     codes = [jax.lax.bitcast_convert_type(jax.random.bits(k, s, jnp.uint8), jnp.int8) for k, s in
              ((keys[0], k_shape), (keys[1], v_shape))]  # fmt: skip
@@ -106,7 +106,7 @@ def _cache(case: Case, mode: str, keys) -> Cache:
         codes = [jax.lax.bitcast_convert_type(jnp.where((c & 127) == 127, 0, c), jnp.float8_e4m3fn) for c in codes]
     largest = 127.0 if mode == "int8" else 448.0
     scales = (jax.random.uniform(k, k_shape[:3], minval=1 / largest, maxval=4 / largest) for k in keys[2:4])
-    return Cache(*codes, *scales, page_table=table)
+    return Cache(*codes, *scales, None, None, *recent, table)
 
 
 def _program(case: Case, item: dict):

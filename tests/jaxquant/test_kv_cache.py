@@ -8,7 +8,7 @@ import pytest
 from jaxquant.kv_cache import FORMATS, KVCache
 
 HEADS, DIM = 2, 32
-WINDOWS = {"int8": 64, "int4": 32, "int2": 32}
+WINDOWS = {"float": 0, "int8": 64, "float8_e4m3fn": 0, "int4": 32, "int2": 32}
 append, attend, dequantize = (jax.jit(f) for f in (KVCache.append, KVCache.attend, KVCache.dequantize))
 
 
@@ -152,7 +152,7 @@ def test_static_scales(rng, format):
     key, value = tokens(rng, 1, 8)
     absmax = jnp.array([1.0, 9.0]), jnp.array([2.0, 9.0])
     cache = KVCache.init(
-        1, 32, HEADS, DIM, format=format, dtype=jnp.float32, key_absmax=absmax[0], value_absmax=absmax[1]
+        1, 32, HEADS, DIM, format=format, dtype=jnp.float32, window=0, key_absmax=absmax[0], value_absmax=absmax[1]
     )
     cache = append(cache, key, value)
     got = np.asarray(dequantize(cache)[0]), np.asarray(dequantize(cache)[1]).swapaxes(2, 3)
