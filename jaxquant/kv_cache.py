@@ -98,8 +98,8 @@ class KVCache:
             format: "float", "int8" and "float8_e4m3fn" (a scale for each token and head), "int4" and "int2" (KIVI: keys
                 per channel in groups of 32 tokens, values per token in groups of 32 channels).
             dtype: the float type of the model's keys and values.
-            window: latest tokens that are attended to in float, a multiple of 32 (of 64 for the kernel). By default 128,
-                which lowers the KL of an small model's generations 10 to 30 times; only an 8-bit format may have 0.
+            window: latest tokens that are attended to in float, a multiple of 32 (of 64 for the kernel). By default
+                128, which lowers the KL of a small model's generations 10 to 30 times; only 8 bits may have 0.
             key_absmax: for an 8-bit format with static scales, the largest magnitude of each head's keys in
                 calibration, [K] float; larger ones are clipped. By default every token has a scale of its own.
             value_absmax: the same of values; given together.
