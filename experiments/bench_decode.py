@@ -257,7 +257,6 @@ def main() -> None:
     trees, memory = {"bf16": params}, {"bf16": {}}
     for name in options.trees:
         trees[name], memory[name] = pack(params, name)
-        memory[name]["error"] = verify(LLAMA3_8B, name)
         print(name, json.dumps(memory[name]), flush=True)
     report = {"conditions": _clock.conditions(), "layers": options.layers, "capacity": CAPACITY, "memory": memory}
     rows, failed = [], []
@@ -267,7 +266,8 @@ def main() -> None:
             with open(options.json, "w", encoding="utf-8") as file:
                 json.dump(report | {"rows": rows, "speedups": ratios(rows), "failed": failed}, file, indent=1)
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        errors = {name: pool.submit(verify, LLAMA3_8B, name) for name in options.trees}
         wanted = programs(model, trees, options.batch, options.prefill, options.loop)
         compiling = {
             key: pool.submit(lambda run=run, args=args: run.lower(*args).compile())
@@ -277,6 +277,8 @@ def main() -> None:
             try:
                 compiled = future.result(timeout=max(0.1, options.seconds - (time.perf_counter() - begun)))
                 row: dict = {"kind": kind, "size": size, "tree": name, "kernels": check_kernels(compiled, memory[name])}
+                if name in errors:
+                    row["error_of_one_layer"] = errors[name].result()
                 if len(rows) == 0:  # measurements want the device and the host to themselves
                     concurrent.futures.wait(compiling.values(), options.seconds - (time.perf_counter() - begun))
                 if kind == "decode":
