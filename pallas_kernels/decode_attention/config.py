@@ -14,6 +14,7 @@ ALIGNMENT = 1024
 REDUCTION_BYTES = 1024  # in which the four warps of a block compare their maxima
 STATISTIC_ROWS = 64  # the maxima and sums travel as a tile of equal rows
 MULTIPROCESSORS = 132
+CLUSTER_GROUPS = 8, 16  # groups of multiprocessors that a cluster must fit into, and their size at least
 HEAD_DIMS = (64, 128)
 LARGEST_GROUP = 64
 LARGEST_SPLIT = 8  # blocks of a cluster
@@ -59,8 +60,10 @@ def default_config(q: jax.Array, cache: Cache) -> Config:
 
     def waste(config: Config) -> float:
         """Time over that of blocks that fill every wave; memory's speed is shared by the blocks that are resident."""
-        slots, blocks = MULTIPROCESSORS * resident(config), pairs * config.split
-        return -(-blocks // slots) * slots / blocks
+        groups, size = CLUSTER_GROUPS
+        usable = MULTIPROCESSORS if config.split <= 2 else groups * (size // config.split) * config.split
+        blocks, together = pairs * config.split, resident(config)
+        return -(-blocks // (usable * together)) * together * MULTIPROCESSORS / blocks
 
     if not fitting:
         return Config(64, 2, 1)
