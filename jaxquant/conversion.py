@@ -128,7 +128,7 @@ def _convert_leaf(source: Source, number: int, config: QuantConfig | None, journ
     path, nbytes = source.leaves[number].path, source.leaves[number].nbytes
     if source.kind != "huggingface":
         journal.make_room(READ * nbytes, memory)
-        gc.collect(1)  # the leaf before: orbax's futures hold it in cycles, JAX until it next tidies up
+    gc.collect(1)  # what was read and written before: orbax's futures hold it in cycles, JAX until it next tidies up
     leaf = read_leaf(source, number)
     mapped = mapping_of(leaf) is not None
     made = CODES if config is not None else TURNED if mapped else 0
