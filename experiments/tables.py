@@ -44,8 +44,31 @@ def peer_flags_table() -> str:
     return flags_table(load_rows(PEERS))
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "peers.md")
+def caches_table() -> str:
+    """What quantized caches cost the embedded model, as Markdown."""
+    rows = json.loads((RESULTS / "kv_accuracy.json").read_text(encoding="utf-8"))["caches"]
+    lines = ["| cache | bits an element | KL to the float cache | over the last 500 tokens | top-1 agreement |"]
+    lines += ["|---|---|---|---|---|"]
+    lines += [
+        f"| {r['cache']} | {r['bits']:g} | {r['kl']:.2e} | {r['kl_last_third']:.2e} | {r['top1']:.3f} |" for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def attention_table() -> str:
+    """What the modes of attention cost the embedded model, as Markdown."""
+    rows = json.loads((RESULTS / "kv_accuracy.json").read_text(encoding="utf-8"))["attention"]
+    lines = ["| mode | KL to float | cosine of each layer, or its mode |", "|---|---|---|"]
+    for row in rows:
+        layers = ", ".join(x if isinstance(x, str) else f"{x:.5f}" for x in row["cosines"])
+        lines.append(f"| {row['mode']} | {row['kl']:.2e} | {layers} |")
+    return "\n".join(lines)
+
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "peers.md", ROOT / "docs" / "attention.md")
 TABLES = {
+    "caches": caches_table,
+    "attention": attention_table,
     "quickstart": quickstart_table,
     "calibrated": calibrated_table,
     "peers": peers_table,
