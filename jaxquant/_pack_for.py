@@ -20,11 +20,12 @@ def pack_for(qparams: Any, target: str) -> Any:
     Args:
         qparams: a tree with quantized weights, plain or packed.
         target: `"h200"` for the Hopper kernels, or `"plain"`. `pallas_kernels.int4_matmul` takes int4 and uint4 weights
-            with 16-bit activations, per channel or in groups of 32 or a multiple of 64 inputs, and int4 weights with
-            int8 or float8_e4m3fn activations per token; `pallas_kernels.low_bit_matmul` int8, float8_e4m3fn, nf4, int2
-            and uint2 weights with 16-bit activations, int3 and uint3 in four bits; `pallas_kernels.int8_matmul` int8
-            and float8_e4m3fn weights per channel or tensor, with activations of the same format per token or tensor,
-            int8 ones also with uint8 activations, and both in blocks of 128 x 128 with activations in groups of 128.
+            with 16-bit activations, per channel or in groups of 32, 64, 128 or a multiple of 256 inputs, and int4
+            weights with int8 or float8_e4m3fn activations per token; `pallas_kernels.low_bit_matmul` int8,
+            float8_e4m3fn, nf4, int2 and uint2 weights with 16-bit activations, int3 and uint3 in four bits;
+            `pallas_kernels.int8_matmul` int8 and float8_e4m3fn weights per channel or tensor, with activations of the
+            same format per token or tensor, int8 ones also with uint8 activations, and both in blocks of 128 x 128 with
+            activations in groups of 128.
 
     Returns:
         The tree. Weights that no kernel takes stay plain; `explain` says why.

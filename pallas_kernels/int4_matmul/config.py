@@ -103,14 +103,14 @@ def supports(
     if n % TILE:
         return f"N = {n} is not a multiple of {TILE}; pack() pads it"
     group_size = k // num_groups
-    if num_groups > 1 and group_size != 32 and group_size % 64:
-        return f"groups of {group_size} inputs; the kernel takes 32, a multiple of 64, or one group"
+    if num_groups > 1 and group_size not in (32, 64, 128) and group_size % 256:
+        return f"groups of {group_size} inputs; the kernel takes 32, 64, 128, a multiple of 256, or one group"
     if dtype.itemsize == 1 and qtype != "int4":
         return f"{qtype} weights with 8-bit activations; the kernel takes int4 ones"
     if has_zero_point and not FORMATS[qtype].takes_zero_points:
         return f"zero points of {qtype} weights"
-    if dtype.itemsize == 1 and num_groups > 1 and group_size % 64:
-        return f"groups of {group_size} inputs; with 8-bit activations the kernel takes multiples of 64, or one group"
+    if dtype.itemsize == 1 and num_groups > 1 and group_size == 32:
+        return "groups of 32 inputs; with 8-bit activations the kernel takes groups of 64 or more"
     if dtype.itemsize == 1 and has_zero_point:
         return "zero points with 8-bit activations: a code less its zero point does not fit the operand's 4 bits"
     if dtype == jnp.int8 and group_size > LARGEST_INT8_GROUP:

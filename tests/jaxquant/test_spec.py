@@ -58,7 +58,7 @@ def test_group_sizes_are_positive_ints(size):
     ("weight", "activation", "message"),
     [
         (TensorSpec("int8", PerToken()), None, r"PerToken\(\) is for activations"),
-        (TensorSpec("int8"), TensorSpec("int8", PerChannel()), "activations take"),
+        (TensorSpec("int8"), TensorSpec("int8", PerChannel()), r"an activation of PerChannel\(\) takes static=True"),
         (TensorSpec("int8"), TensorSpec("int8", PerBlock()), "activations take"),
         (TensorSpec("int8"), TensorSpec("int4", PerToken()), "activation qtype 'int4'; accepted: int8"),
         (TensorSpec("int8"), TensorSpec("int16", PerToken()), "activation qtype 'int16'; accepted: int8"),
