@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._device import wrong_generation
 from pallas_kernels.attention.config import Config, default_config, padded_head_dim, supports
 from pallas_kernels.attention.mosaic_gpu import quantized_attention
 from pallas_kernels.attention.quantize_mosaic_gpu import quantize_keys_mosaic_gpu, quantize_values_mosaic_gpu
@@ -93,7 +94,7 @@ def attention(
         lengths = masking.query_lengths is not None or masking.kv_lengths is not None
         masked = lengths or sides != (None, None) or k.shape[1] % Config.block_kv != 0
         config = default_config(q, k, v, mode, masked=masked)
-    reason = supports(q, k, v, masking, mode, config)
+    reason = wrong_generation() or supports(q, k, v, masking, mode, config)
     if implementation == "mosaic_gpu" and reason is not None:
         raise NotImplementedError(f"implementation='mosaic_gpu': {reason}")
     if implementation is None and reason is not None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._device import wrong_generation
 from pallas_kernels.decode_attention.cache import Cache
 from pallas_kernels.decode_attention.config import Config, default_config, supports
 from pallas_kernels.decode_attention.layout import GROUP
@@ -77,7 +78,7 @@ def decode_attention(
     cache = Cache(k, v, k_scale, v_scale, k_offset, v_offset, recent_k, recent_v, page_table)
     _check(q, lengths, cache, implementation)
     config = default_config(q, cache) if config is None else config
-    reason = supports(q, cache, config)
+    reason = wrong_generation() or supports(q, cache, config)
     if implementation == "mosaic_gpu" and reason is not None:
         raise NotImplementedError(f"implementation='mosaic_gpu': {reason}")
     softmax_scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
