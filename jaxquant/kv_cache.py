@@ -218,6 +218,9 @@ class KVCache:
         cache = dataclasses.replace(cache, overflowed=self.overflowed | (lengths < wanted))
         positions = self.lengths[:, None] + lax.broadcasted_iota(jnp.int32, (batch, tokens), 1)
         place = cache._place(positions, positions < lengths[:, None])
+        # A token that is not finite shows in its key: past a length, where keys are masked, it cannot be met again.
+        finite = jnp.all(jnp.isfinite(value), axis=-1, keepdims=True)
+        key, value = jnp.where(finite, key, jnp.nan), jnp.where(finite, value, 0.0)
         if self.format in GROUPED:
             cache = cache._write_groups(key, value, place, lengths)
         else:

@@ -191,6 +191,9 @@ def test_a_value_that_is_not_finite_is_not_hidden(rng, format):
     assert np.isnan(attend(broken, jnp.ones((1, 4, DIM)))).any()
     broken = append(cache, key, value.at[0, 3, 0, 5].set(jnp.nan))
     assert np.isnan(attend(broken, jnp.ones((1, 4, DIM)))).any()
+    # 0 times NaN is NaN: what is left of it in released memory must not be among the values.
+    stores = broken.value, broken.value_scale, broken.value_offset, broken.recent_value
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in stores if x is not None)
 
 
 def test_bad_input_is_named(rng):
