@@ -1,9 +1,9 @@
 """Our recipes beside other libraries' on the same tokens: `python -m experiments.peers --help`.
 
 `ours` quantizes and measures recipes; `theirs` measures what `experiments/oracles/run_peers.py` wrote. Both put their
-rows into one JSON file, draw by draw; `table` prints the comparisons. KL(float || quantized) a token is measured by the
-same code for all, against our decoder in float32: of weights, by running them in our decoder; of what quantizes
-activations, on the logits of its own program.
+rows into one JSON file, draw by draw; `merge` adds those of other files; `table` prints the comparisons. Mean
+KL(float || quantized) a token is measured by the same code for all, against our decoder in float32: of weights, by
+running them in our decoder; of what quantizes activations, on the logits of its own program.
 """
 
 from __future__ import annotations
@@ -155,6 +155,16 @@ def write_rows(path: pathlib.Path, rows: dict[str, Any]) -> None:
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
+def merge_rows(path: pathlib.Path, others: Iterable[pathlib.Path]) -> None:
+    """Adds the rows of other results files, of another machine for example, draw by draw; the last one counts."""
+    rows = load_rows(path) if path.exists() else {}
+    for other in others:
+        for name, row in load_rows(other).items():
+            draws = rows.get(name, {}).get("draws", {}) | row["draws"]
+            rows[name] = row | {"draws": dict(sorted(draws.items()))}
+    write_rows(path, rows)
+
+
 def paired(ours: dict[str, Any], peer: dict[str, Any]) -> tuple[list[str], np.ndarray]:
     """The KL of both sides, sequence by sequence, over the draws that both have.
 
@@ -225,7 +235,7 @@ def flags_table(rows: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.peers", description="Our recipes beside the peers'.")
-    parser.add_argument("what", choices=("ours", "theirs", "table"))
+    parser.add_argument("what", choices=("ours", "theirs", "merge", "table"))
     parser.add_argument("--names", help="comma-separated recipes of ours, or peers; default: those compared")
     parser.add_argument("--peers", type=pathlib.Path, help="folder that holds draw0/PEER, draw1/PEER, ...")
     parser.add_argument("--model", type=pathlib.Path, default=EMBEDDED_MODEL)
@@ -233,7 +243,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--draws", default="0,1,2", help="which of them")
     parser.add_argument("--sequences", type=int, default=200, help="evaluate on the first so many: 200")
     parser.add_argument("--json", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--others", type=pathlib.Path, nargs="+", help="results files to merge into --json")
     args = parser.parse_args(argv)
+    if args.what == "merge":
+        merge_rows(args.json, args.others)
+        return
     if args.what == "table":
         print(comparison_table(load_rows(args.json)))
         return

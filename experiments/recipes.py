@@ -32,7 +32,6 @@ RANGE = {"range": "mse"}
 
 COMPENSATED = jq.chain(jq.compensate(strength=0.5, residual=0.5), jq.gptq())
 LEARNED = jq.chain(COMPENSATED, jq.learned_rounding())
-LEARNED_LONG = jq.chain(COMPENSATED, jq.learned_rounding(steps=1000, learning_rate=0.001))
 
 
 def _calibrated(
@@ -79,10 +78,6 @@ RECIPES: dict[str, Recipe] = {
     "learned-w4-asym": _calibrated("w4a16-asym", LEARNED, "the same with zero points", RANGE),
     "learned-w3": _calibrated("w3a16", LEARNED, "the same at 3 bits", SIGNED),
     "learned-w3-asym": _calibrated("w3a16-asym", LEARNED, "the same at 3 bits with zero points", RANGE),
-    "learned-long-w4": _calibrated("w4a16", LEARNED_LONG, "learned in more and smaller steps", SIGNED),
-    "learned-long-w4-asym": _calibrated("w4a16-asym", LEARNED_LONG, "the same with zero points", RANGE),
-    "learned-long-w3": _calibrated("w3a16", LEARNED_LONG, "the same at 3 bits", SIGNED),
-    "learned-long-w3-asym": _calibrated("w3a16-asym", LEARNED_LONG, "the same at 3 bits with zero points", RANGE),
     "smoothquant-w8a8": _calibrated("w8a8", jq.smoothquant(), "w8a8 with activation outliers moved into weights"),
     "gptq-w4a8": _calibrated("w4a8", jq.gptq(), "w4a8 with GPTQ", SIGNED),
     "llm-int8": _calibrated("w8a8", jq.llm_int8(), "w8a8 with outlier channels in float"),

@@ -31,6 +31,12 @@ def group_bits(bits, sym, group=GROUP):
     return bits + 16 / group + (0 if sym else bits / group)
 
 
+def channel_bits(model):
+    """8 bits and a float32 scale for each output channel."""
+    layers = linears(model).values()
+    return 8 + 32 * sum(layer.out_features for layer in layers) / sum(layer.weight.numel() for layer in layers)
+
+
 def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
 
@@ -104,7 +110,7 @@ def run_llmcompressor_w8a8(folder, calibration, strength=None):
     rounding = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
     smoothing = [] if strength is None else [SmoothQuantModifier(smoothing_strength=strength)]
     model = oneshot(folder, calibration, [*smoothing, rounding])
-    return model, None, {"scheme": "W8A8 (channel, dynamic token)", "smoothing_strength": strength}
+    return model, channel_bits(model), {"scheme": "W8A8 (channel, dynamic token)", "smoothing_strength": strength}
 
 
 def run_gptqmodel(folder, calibration, bits, sym, **flags):
@@ -154,28 +160,29 @@ def run_bitsandbytes_int8(folder, calibration):
     from bitsandbytes.nn import Linear8bitLt
 
     model = load(folder)
+    bits = channel_bits(model)
     for name, module in linears(model).items():
         parent, leaf = name.rsplit(".", 1)
         layer = Linear8bitLt(module.in_features, module.out_features, False, has_fp16_weights=False, threshold=6.0)
         layer.load_state_dict({"weight": module.weight.data})
         setattr(model.get_submodule(parent), leaf, layer.to("cpu").eval())  # in training mode it multiplies floats
-    return model, None, {"threshold": 6.0, "has_fp16_weights": False}
+    return model, bits, {"threshold": 6.0, "has_fp16_weights": False}
 
 
-def run_torchao(folder, calibration, name, **flags):
+def run_torchao(folder, calibration, name, bits=None, **flags):
     import torchao.quantization as ao
 
     model = load(folder)
+    bits = channel_bits(model) if bits is None else bits
     ao.quantize_(model.model.layers, getattr(ao, name)(**flags))
-    return model, None, {"config": name, **{key: str(value) for key, value in flags.items()}}
+    return model, bits, {"config": name, **{key: str(value) for key, value in flags.items()}}
 
 
 def run_torchao_int4(folder, calibration):
     from torchao.quantization.granularity import PerGroup
 
-    return run_torchao(
-        folder, calibration, "IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=PerGroup(GROUP)
-    )
+    flags = {"weight_dtype": torch.int4, "granularity": PerGroup(GROUP)}
+    return run_torchao(folder, calibration, "IntxWeightOnlyConfig", group_bits(4, True), **flags)
 
 
 IST_BEST = {"actorder": True, "static_groups": True, "mse": True}
@@ -203,9 +210,10 @@ DATA_FREE = {
     "bitsandbytes-int8": (run_bitsandbytes_int8, ["bitsandbytes", "torch"]),
     "bitsandbytes-nf4": (functools.partial(run_bitsandbytes_nf4, nested=False), ["bitsandbytes", "torch"]),
     "bitsandbytes-nf4-nested": (functools.partial(run_bitsandbytes_nf4, nested=True), ["bitsandbytes", "torch"]),
-    "torch-float": (lambda folder, calibration: (load(folder), None, {}), ["torch"]),
+    "torch-float": (lambda folder, calibration: (load(folder), 32.0, {}), ["torch"]),
 }
 PEERS = CALIBRATED | DATA_FREE
+RUNNABLE = {name for name in PEERS if name.endswith(("w8a8", "int8", "float")) or name.startswith("torchao")}
 
 
 @torch.no_grad()
@@ -233,9 +241,8 @@ def main(model_folder, calibration, evaluation, out, names=None):
         start = time.perf_counter()
         model, bits, flags = run(folder, calibration)
         seconds = time.perf_counter() - start
-        if bits is None:
+        if name in RUNNABLE:
             write_logits(model, evaluation, target / LOGITS)
-            bits = 8.0
         else:
             model = {key: value for key, value in model.state_dict().items() if not key.startswith("lm_head")}
             save(model, folder, target)

@@ -1,0 +1,110 @@
+"""The comparison with other libraries: its measure, its interval, and the committed results."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import peers
+from experiments.evaluation import evaluate
+from experiments.models import Decoder, DecoderConfig, save_hf
+
+SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+CONFIG = DecoderConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=16, **SIZES)
+
+
+def row(*draws, calibrated=True):
+    found = {str(n): {"kl": float(np.mean(kl)), "seconds": 1.0, "sequences": list(kl)} for n, kl in enumerate(draws)}
+    return {"side": "ours", "bits": 4.0, "calibrated": calibrated, "flags": {}, "versions": {}, "draws": found}
+
+
+def test_meter_agrees_with_evaluate_for_weights_and_for_logits(rng, tmp_path):
+    model = Decoder(CONFIG)
+    params = model.init_params(jax.random.key(int(rng.integers(1 << 30))))
+    moved = jax.tree.map(lambda leaf: leaf + 0.05 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
+    tokens = rng.integers(0, 32, (11, 9)).astype(np.uint16)  # a ragged last batch
+    record = {"bits": 4.0, "calibrated": False, "flags": {}, "versions": {}, "seconds": 1.0}
+    for name in ("weights", "logits"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "peer.json").write_text(json.dumps(record))
+    save_hf(tmp_path / "weights", moved, CONFIG)
+    np.save(
+        tmp_path / "logits" / "logits.npy", np.asarray(model.forward(moved, jnp.asarray(tokens[:, :-1], jnp.int32)))
+    )
+    meter = peers.Meter(model, params, tokens)
+    expected = evaluate(model.forward, params, model.forward, moved, tokens).kl
+    assert expected.min() > 1e-3
+    for name in ("weights", "logits"):
+        found = peers.measure_theirs(meter, model, tmp_path / name)["draw"]
+        # five digits are kept; float32 sums over 32 logits in another order
+        np.testing.assert_allclose(found["sequences"], expected, rtol=2e-4, atol=1e-6)
+    assert max(map(abs, meter.kl(meter.run(model.forward, params)))) < 1e-6
+
+
+def compare(ours, peer):
+    return peers.ratio_of(peers.paired(ours, peer)[1])
+
+
+def test_ratio_and_interval(rng):
+    kl = rng.uniform(1, 2, (3, 40))
+    assert compare(row(*kl), row(*kl)) == (1.0, 1.0, 1.0)
+    np.testing.assert_allclose(compare(row(*(kl / 2)), row(*kl)), 0.5, rtol=1e-12)
+    ratio, low, high = compare(row(*kl), row(*rng.uniform(1, 2, (3, 40))))
+    assert low < ratio < high
+    # a mean of three uniforms on [1, 2] spreads by 0.17, the mean of 40 such by 0.026 and the ratio of two by 0.025: an
+    # interval 0.1 wide, which a bootstrap of 40 values knows to a half and better
+    assert 0.05 < high - low < 0.15
+
+
+def test_draws_that_both_have_count(rng):
+    kl = rng.uniform(1, 2, (3, 10))
+    draws, means = peers.paired(row(*kl), row(kl[0]))
+    assert draws == ["0"]
+    np.testing.assert_array_equal(means, [kl[0], kl[0]])
+    draws, means = peers.paired(row(*kl), row(kl[0], calibrated=False))
+    assert draws == ["0", "1", "2"]
+    np.testing.assert_allclose(means, [kl.mean(0), kl[0]])
+
+
+def test_rows_come_back_as_written(tmp_path):
+    path = tmp_path / "rows.json"
+    for draw in (1, 0):
+        given = row([0.5, 0.25]) | {"draw": {"kl": 0.375, "seconds": 2.0, "sequences": [0.5, 0.25]}}
+        del given["draws"]
+        peers.put_row(path, "ours", "a", draw, given)
+    rows = peers.load_rows(path)
+    assert list(rows["a"]["draws"]) == ["0", "1"]
+    peers.write_rows(path, rows)
+    assert peers.load_rows(path) == rows
+    other = tmp_path / "other.json"
+    peers.write_rows(other, {"a": row([1.0, 3.0]), "b": row([2.0, 2.0])})
+    peers.main(["merge", "--json", str(path), "--others", str(other)])
+    merged = peers.load_rows(path)
+    assert [merged["a"]["draws"][draw]["kl"] for draw in "01"] == [2.0, 0.375]
+    assert list(merged) == ["a", "b"]
+
+
+def test_committed_results_answer_for_every_kind_of_peer():
+    rows = peers.load_rows(peers.RESULTS)
+    measured = {bar.peer for bar in peers.BARS if bar.ours in rows and bar.peer in rows}
+    needed = {f"ist-gptq-best-{form}" for form in peers.FORMATS} | {
+        "llmcompressor-gptq-w4",
+        "llmcompressor-awq-w4-asym",
+    }
+    needed |= {"llmcompressor-smoothquant-w8a8", "torchao-w8a8", "bitsandbytes-int8", "bitsandbytes-nf4"}
+    assert needed <= measured
+
+
+@pytest.mark.parametrize("name", peers.load_rows(peers.RESULTS))
+def test_committed_rows_are_complete(name):
+    length = np.load(peers.EMBEDDED_MODEL / "evaluation.npy").shape[1] - 1
+    found = peers.load_rows(peers.RESULTS)[name]
+    assert found["side"] in ("ours", "peer")
+    assert found["versions"]
+    assert found["flags"]
+    assert 3 < found["bits"] < 16
+    for draw in found["draws"].values():
+        assert len(draw["sequences"]) * length >= 100_000
+        np.testing.assert_allclose(np.mean(draw["sequences"]), draw["kl"], rtol=1e-4)
