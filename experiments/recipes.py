@@ -81,7 +81,6 @@ RECIPES: dict[str, Recipe] = {
     "smoothquant-w8a8": _calibrated("w8a8", jq.smoothquant(), "w8a8 with activation outliers moved into weights"),
     "gptq-w4a8": _calibrated("w4a8", jq.gptq(), "w4a8 with GPTQ", SIGNED),
     "llm-int8": _calibrated("w8a8", jq.llm_int8(), "w8a8 with outlier channels in float"),
-    "llm-int8-all": _calibrated("w8a8", jq.llm_int8(capacity=1.0), "the same, however many they are"),
     "salient-w4": _calibrated("w4a16", jq.salient(), "4-bit weights, 1 % of the input channels in float"),
     "salient-w3": _calibrated("w3a16", jq.salient(), "3-bit weights, 1 % of the input channels in float"),
 }
