@@ -1,11 +1,13 @@
 """Converts a large synthetic checkpoint and measures memory and speed; fails above two leaves of peak memory.
 
-    python -m experiments.bench_convert [--gigabytes 20] [--recipe w4a16|none] [--sparse] [--out results.json]
+    python -m experiments.bench_convert [--gigabytes 20] [--recipe w4a16|none] [--source huggingface|orbax|jaxquant]
+        [--sparse] [--out results.json]
 
-The checkpoint is a Hugging Face folder of bfloat16 kernels [8192, 28672] (the feed-forward layers of a 70B Llama, 470
-MB each) of random numbers. Before the conversion the files are put out of the page cache, after it everything is
-flushed to the disk, inside the time that is measured; beside it stand the speeds of the same disk at plain reading and
-writing. `--recipe none` converts without quantizing. `--sparse` makes files of zeros that take no disk.
+The checkpoint is a Hugging Face folder (or one of orbax or ours, made in memory: a few GB) of bfloat16 kernels
+[8192, 28672] (the feed-forward layers of a 70B Llama, 470 MB each) of random numbers. Before the conversion the files
+are put out of the page cache, after it everything is flushed to the disk, inside the time that is measured; beside it
+stand the speeds of the same disk at plain reading and writing. `--recipe none` converts without quantizing. `--sparse`
+makes files of zeros that take no disk.
 """
 
 import argparse
@@ -49,6 +51,23 @@ def make(folder, gigabytes, sparse):
     return count
 
 
+def make_tree(folder, gigabytes, source):
+    """A checkpoint of orbax, compressed as is its custom, or of ours."""
+    import orbax.checkpoint as ocp
+
+    import jaxquant as jq
+
+    count = max(1, round(gigabytes * 1e9 / (INPUTS * OUTPUTS * 2)))
+    values = np.random.default_rng(0).standard_normal((INPUTS, OUTPUTS), np.float32).astype(BF16)
+    tree = {f"layers_{number}": {"kernel": np.roll(values, number, axis=0)} for number in range(count)}
+    if source == "jaxquant":
+        jq.save(folder, tree)
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder, tree)
+    return count
+
+
 def _append_sparse(file, name, pending):
     """Adds a tensor of zeros to a safetensors file, as a hole."""
     content = file.read_bytes()
@@ -68,14 +87,15 @@ def peak():
 
 def put_out_of_cache(folder):
     os.sync()
-    for file in folder.iterdir():
+    for file in filter(pathlib.Path.is_file, folder.rglob("*")):
         with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def disk_speeds(source, target):
-    """Bytes a second of reading a file of the checkpoint, cold, and of writing it, flushed: by plain blocks."""
-    file, block = next(source.glob("*.safetensors")), bytearray(BLOCK)
+    """Bytes a second of reading the checkpoint's largest file, cold, and of writing it, flushed: by plain blocks."""
+    file = max(filter(pathlib.Path.is_file, source.rglob("*")), key=lambda file: file.stat().st_size)
+    block = bytearray(BLOCK)
     put_out_of_cache(source)
     start = time.monotonic()
     with file.open("rb", buffering=0) as stream:
@@ -111,6 +131,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=20)
     parser.add_argument("--recipe", default="w4a16")
+    parser.add_argument("--source", choices=("huggingface", "orbax", "jaxquant"), default="huggingface")
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -119,9 +140,12 @@ def main():
         measure(*arguments.measure, arguments.recipe)
         return 0
     with tempfile.TemporaryDirectory() as scratch:
-        source, target = pathlib.Path(scratch, "hf"), pathlib.Path(scratch, "out")
-        source.mkdir()
-        count = make(source, arguments.gigabytes, arguments.sparse)
+        source, target = pathlib.Path(scratch, "source"), pathlib.Path(scratch, "out")
+        if arguments.source == "huggingface":
+            source.mkdir()
+            count = make(source, arguments.gigabytes, arguments.sparse)
+        else:
+            count = make_tree(source, arguments.gigabytes, arguments.source)
         disk = disk_speeds(source, target)
         command = [sys.executable, "-m", "experiments.bench_convert", "--recipe", arguments.recipe]
         command += ["--measure", str(source), str(target)]
@@ -129,7 +153,12 @@ def main():
         written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     row = json.loads(done.stdout)
     leaf = INPUTS * OUTPUTS * 2
-    row |= {"recipe": arguments.recipe, "sparse": arguments.sparse, "cores": len(os.sched_getaffinity(0))}
+    row |= {
+        "recipe": arguments.recipe,
+        "source": arguments.source,
+        "sparse": arguments.sparse,
+        "cores": len(os.sched_getaffinity(0)),
+    }
     row |= {"leaves": count, "leaf_bytes": leaf, "bytes": count * leaf, "written": written, **disk}
     row |= {"peak_leaves": row["peak"] / leaf, "bytes_per_second": count * leaf / row["seconds"]}
     text = json.dumps(row, indent=1)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxquant._chunks import open_chunks
 from jaxquant._companions import FOLDER as COMPANIONS
 from jaxquant._leaf import Leaf
 from jaxquant._manifest import decode_tree, encode_key, replace_leaves
@@ -96,15 +97,23 @@ def open_source(path: str | os.PathLike[str], *, modules: tuple[Module, ...] | N
     raise ValueError(f"{folder}: neither a jaxquant nor an orbax checkpoint nor a Hugging Face folder{hint}")
 
 
-def read_leaf(source: Source, number: int) -> Any:
+def read_leaf(source: Source, number: int, *, slices: bool = False) -> Any:
     """Reads a leaf, and names it in what goes wrong.
+
+    Args:
+        source: where from.
+        number: which.
+        slices: slices of it are enough; a large one that is not mapped is then only opened.
+
+    Returns:
+        The leaf.
 
     Raises:
         ValueError: the files are not what they claim to be.
     """
     leaf = source.leaves[number]
     try:
-        return leaf.read()
+        return leaf.read_slices() if slices and leaf.read_slices is not None else leaf.read()
     except ValueError as error:
         raise ValueError(f"{leaf.path}: {error}") from error
 
@@ -150,7 +159,9 @@ def _open_ours(folder: pathlib.Path) -> Source:
         abstract = decode_tree(node, note, path)
         ahead.sizes.append(sum(manifest.records[number].nbytes for number in numbers))
         places.append((path, node, numbers))
-        leaves.append(Leaf(path, ahead.sizes[-1], abstract, functools.partial(ahead.take, len(leaves))))
+        sliced = isinstance(abstract, jax.ShapeDtypeStruct) and reader.stores_as_is(numbers[0])
+        read_slices = functools.partial(reader.open, numbers[0]) if sliced and ahead.sizes[-1] > AHEAD_BYTES else None
+        leaves.append(Leaf(path, ahead.sizes[-1], abstract, functools.partial(ahead.take, len(leaves)), read_slices))
         return {"leaf": len(leaves) - 1}
 
     tree = replace_leaves(manifest.tree, add)
@@ -180,7 +191,9 @@ def _open_orbax(folder: pathlib.Path) -> Source:
             raise ValueError(f"{folder}: the parameter {path!r} would lie outside of it")
         abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         ahead.sizes.append(abstract.size * np.dtype(leaf.dtype).itemsize)
-        leaves.append(Leaf(path, ahead.sizes[-1], abstract, functools.partial(ahead.take, number)))
+        large = ahead.sizes[-1] > AHEAD_BYTES
+        opened = functools.partial(open_chunks, folder, leaf.name, abstract.shape, abstract.dtype) if large else None
+        leaves.append(Leaf(path, ahead.sizes[-1], abstract, functools.partial(ahead.take, number), opened))
     claimed, held_bytes = sum(ahead.sizes), sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if claimed > BYTES_OF_A_BYTE * held_bytes:
         raise ValueError(f"{folder}: claims arrays of {claimed} bytes in files of {held_bytes}")

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxquant._chunks import Chunks, open_chunks
 from jaxquant._mapped import contiguous
 
 SHARD_BYTES = 1 << 28  # arrays are gathered up to this before they are written: the memory that saving takes
@@ -215,15 +216,29 @@ class Reader:
         for number in wanted.pop(None, []):
             yield number, np.zeros(self.records[number].shape, self.records[number].logical_dtype)
         for name, held in wanted.items():
-            first = self.records[held[0]].path
-            if name not in self._shards:
-                raise ValueError(f"{self.folder}: the manifest lists no shard {name!r}, said to hold {first}")
-            if name not in self._checked:
-                check_shard(self.folder, self._shards[name])
-                self._checked.add(name)
-            loaded = _restore(self.folder / name, [(number, self.records[number]) for number in held])
+            folder = self._checked_shard(name, self.records[held[0]].path)
+            loaded = _restore(folder, [(number, self.records[number]) for number in held])
             for number in held:
                 yield number, _from_stored(loaded.pop(str(number)), self.records[number])
+
+    def open(self, number: int) -> Chunks:
+        """Opens an array that is stored in its own dtype, for reading slices; raises what `read` does."""
+        record = self.records[number]
+        folder = self._checked_shard(record.shard, record.path)
+        return open_chunks(folder, str(number), record.shape, record.stored_dtype)
+
+    def stores_as_is(self, number: int) -> bool:
+        """Whether an array is stored in its own dtype."""
+        return self.records[number].dtype in _STORED_AS_IS
+
+    def _checked_shard(self, name: str | None, path: str) -> pathlib.Path:
+        """The folder of the shard said to hold the array at `path`, checked when it is first used."""
+        if name not in self._shards:
+            raise ValueError(f"{self.folder}: the manifest lists no shard {name!r}, said to hold {path}")
+        if name not in self._checked:
+            check_shard(self.folder, self._shards[name])
+            self._checked.add(name)
+        return self.folder / name
 
 
 def check_shard(folder: pathlib.Path, shard: Shard) -> None:

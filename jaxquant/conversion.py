@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import math
 import pathlib
 import re
 import shutil
@@ -34,10 +35,10 @@ from jaxquant.checkpoint import Manifest, Path, check_target, library_version, p
 from jaxquant.interop import Module
 from jaxquant.interop.huggingface_write import Format, write_folder
 
-SLICE_BYTES = 1 << 23  # a larger weight is quantized by slices; memory of larger ones would be fetched anew each time
+SLICE_BYTES = 1 << 21  # a larger weight is quantized by slices; what these take on the way adds up to a tenth of a leaf
 SLICES = 2  # read and quantized at a time
 MEMORY = 2  # largest leaves, above the base
-READ = 2  # of a leaf that orbax reads: what the file holds and the array
+READ = 2  # of a leaf that orbax or tensorstore reads: what the file holds, and the array or what that is unpacked to
 TURNED = 1.1  # of a mapped leaf that is kept: it and the blocks on the way
 CODES = 0.55  # of one that is quantized: eight bits for sixteen, slices
 
@@ -125,16 +126,20 @@ def _convert_leaves(
 
 
 def _convert_leaf(source: Source, number: int, config: QuantConfig | None, journal: Journal, memory: int) -> None:
-    path, nbytes = source.leaves[number].path, source.leaves[number].nbytes
+    leaf = source.leaves[number]
+    width = None if config is None else _slice_width(leaf.abstract, config)
     if source.kind != "huggingface":
-        journal.make_room(READ * nbytes, memory)
+        journal.make_room(READ * leaf.nbytes, memory)
     gc.collect(1)  # what was read and written before: orbax's futures hold it in cycles, JAX until it next tidies up
-    leaf = read_leaf(source, number)
-    mapped = mapping_of(leaf) is not None
+    value = read_leaf(source, number, slices=width is not None)
+    mapped = mapping_of(value) is not None
     made = CODES if config is not None else TURNED if mapped else 0
-    journal.make_room((made + (not mapped)) * nbytes, memory)
-    leaf = leaf if config is None else _quantize_leaf(path, leaf, config)
-    journal.add(number, encode_tree(leaf, journal.writer.put, path))
+    journal.make_room((made + (not mapped)) * leaf.nbytes, memory)
+    if config is not None and width is not None:
+        value = _quantize_slices(leaf.path, value, config, width)
+    elif config is not None:
+        value = quantize({leaf.path: value}, config)[leaf.path]
+    journal.add(number, encode_tree(value, journal.writer.put, leaf.path))
 
 
 def _reported(source: Source, numbers: Sequence[int], progress: Progress | None) -> Iterator[int]:
@@ -164,21 +169,19 @@ def _alone(path: str, assignment: Assignment | None, config: QuantConfig) -> Qua
     return QuantConfig(rules=(rule,), algorithm=config.algorithm)
 
 
-def _quantize_leaf(path: str, leaf: Any, config: QuantConfig) -> Any:
-    """Quantizes one weight; a large one by slices of its outputs, which are independent, to bound the memory."""
+def _slice_width(weight: Any, config: QuantConfig) -> int | None:
+    """Outputs of a large weight to quantize at a time where they are independent, to bound the memory; None for all."""
     (rule,) = config.rules
     independent = rule.spec is not None and isinstance(rule.spec.weight.granularity, PerChannel | PerGroup)
     if config.algorithm is not None or not independent or rule.axes is None or rule.axes[-1] == -1:
-        return quantize({path: leaf}, config)[path]
-    outputs, wanted = leaf.shape[-1], -(-leaf.nbytes // SLICE_BYTES)
+        return None
+    outputs, wanted = weight.shape[-1], -(-math.prod(weight.shape) * weight.dtype.itemsize // SLICE_BYTES)
     count = next(count for count in range(wanted, outputs + 1) if outputs % count == 0) if wanted <= outputs else 1
-    if count == 1:
-        return quantize({path: leaf}, config)[path]
-    return _quantize_slices(path, leaf, config, outputs // count)
+    return None if count == 1 else outputs // count
 
 
 def _quantize_slices(path: str, leaf: Any, config: QuantConfig, width: int) -> Any:
-    """Quantizes so many outputs at a time, straight into the arrays of the whole weight."""
+    """Quantizes so many outputs at a time, as they are read, straight into the arrays of the whole weight."""
     outputs = leaf.shape[-1]
 
     def quantize_slice(start: int) -> Any:

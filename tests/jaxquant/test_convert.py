@@ -290,7 +290,7 @@ def test_a_killed_conversion_leaves_nothing_and_goes_on(tmp_path, rng, monkeypat
         load(tmp_path / "out")
     read = []
     original = jaxquant.conversion.read_leaf
-    monkeypatch.setattr(jaxquant.conversion, "read_leaf", lambda *a: read.append(a[1]) or original(*a))
+    monkeypatch.setattr(jaxquant.conversion, "read_leaf", lambda *a, **k: read.append(a[1]) or original(*a, **k))
     convert(tmp_path / "hf", tmp_path / "out", W4)
     again = len(read) - (len(open_source(tmp_path / "hf").leaves) - 6)
     assert again in (0, 1), "of the six that were done, only the last, still being written, may be read again"

@@ -3,20 +3,27 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxquant._sources
+import jaxquant.conversion
+from jaxquant import QuantConfig, load, quantize, save
+from jaxquant._chunks import Chunks, open_chunks
 from jaxquant._sources import open_source, read_leaf
+from jaxquant.conversion import convert
 
 TREE = {"layer": {"kernel": np.arange(24, dtype=np.float32).reshape(4, 6)}, "list": [np.ones(2, np.float16), {}]}
 LISTED = {"layer/kernel": TREE["layer"]["kernel"], "list/0": TREE["list"][0]}
 
 
-def save_orbax(folder, *, use_ocdbt=True):
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)) as checkpointer:
+def save_orbax(folder, *, use_ocdbt=True, use_zarr3=False):
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt, use_zarr3=use_zarr3)
+    with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder, args=ocp.args.PyTreeSave(TREE))
 
 
@@ -84,3 +91,56 @@ def test_names_cannot_lead_out_of_the_folder(tmp_path, form):
     metadata.write_text(metadata.read_text().replace('"layer"', f'"{outside}"').replace("'layer'", f"'{outside}'"))
     with pytest.raises(ValueError, match=r"would lie outside|finds no tree"):
         read_all(tmp_path / "src")
+
+
+@pytest.fixture
+def large(monkeypatch):
+    monkeypatch.setattr(jaxquant._sources, "AHEAD_BYTES", 16)
+
+
+@pytest.mark.parametrize(
+    ("use_ocdbt", "use_zarr3"), [(True, False), (False, False), (True, True)], ids=["ocdbt", "folders", "zarr3"]
+)
+def test_large_arrays_are_read_by_slices(tmp_path, large, use_ocdbt, use_zarr3):
+    save_orbax(tmp_path / "a folder, 100%", use_ocdbt=use_ocdbt, use_zarr3=use_zarr3)
+    source = open_source(tmp_path / "a folder, 100%")
+    number = [leaf.path for leaf in source.leaves].index("layer/kernel")
+    opened = read_leaf(source, number, slices=True)
+    assert isinstance(opened, Chunks)
+    assert opened.shape == (4, 6)
+    for place in [(..., slice(0, 2)), (..., slice(2, 6)), 3]:
+        np.testing.assert_array_equal(opened[place], TREE["layer"]["kernel"][place])
+        assert opened[place].dtype == np.float32
+    assert isinstance(read_leaf(source, 1 - number, slices=True), np.ndarray)  # of four bytes
+
+
+def test_a_sliced_array_that_is_not_what_the_metadata_say(tmp_path, large):
+    save_orbax(tmp_path / "src", use_ocdbt=False)
+    opened = open_chunks(tmp_path / "src", "layer.kernel", (4, 6), np.dtype(np.float32))
+    (tmp_path / "src" / "layer.kernel" / "0.0").write_bytes(b"not compressed")
+    with pytest.raises(ValueError, match=r"src: 'layer.kernel': tensorstore cannot read it"):
+        opened[..., :2]
+    with pytest.raises(
+        ValueError, match=r"'layer.kernel' is float32\[4, 6\] in its files, float32\[4, 7\] in the meta"
+    ):
+        open_chunks(tmp_path / "src", "layer.kernel", (4, 7), np.dtype(np.float32))
+    for name in ["layer.bias", "../src/layer.kernel"]:
+        with pytest.raises(ValueError, match=f"tensorstore cannot open '{name}'"):
+            open_chunks(tmp_path / "src", name, (4, 6), np.dtype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["orbax", "ours"])
+def test_a_large_weight_is_quantized_without_being_whole_in_memory(tmp_path, large, monkeypatch, rng, kind):
+    tree = {"layer": {"kernel": rng.normal(size=(256, 24)).astype(np.float32)}}
+    if kind == "ours":
+        save(tmp_path / "src", tree)
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "src", tree)
+    monkeypatch.setattr(jaxquant.conversion, "SLICE_BYTES", 256 * 4 * 7)  # four slices
+    monkeypatch.setattr(jaxquant._sources._Ahead, "take", lambda *_: pytest.fail("read whole"))
+    config = QuantConfig.preset("w4a16")
+    convert(tmp_path / "src", tmp_path / "out", config)
+    got, want = (jax.tree.leaves(params) for params in (load(tmp_path / "out"), quantize(tree, config)))
+    for left, right in zip(got, want, strict=True):
+        np.testing.assert_array_equal(left, right)
