@@ -79,7 +79,8 @@ def open_source(path: str | os.PathLike[str], *, modules: tuple[Module, ...] | N
     """
     folder = pathlib.Path(path).absolute()
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        hint = "; it is a file, name its folder" if folder.exists() else ""
+        raise FileNotFoundError(f"{folder}: no such folder{hint}")
     if (folder / MANIFEST).is_file():
         return _open_ours(folder)
     if (folder / "config.json").is_file():

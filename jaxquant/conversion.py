@@ -240,7 +240,7 @@ def export(
         ValueError: a parameter that the format cannot hold or the table does not name, or no config.json is known.
     """
     source, target = open_source(src, modules=modules), pathlib.Path(dst).absolute()
-    if target.exists() and any(target.iterdir()):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: exists; name a new folder")
     config = huggingface or source.huggingface
     if config is None:

@@ -93,7 +93,7 @@ def open_folder(folder: str | os.PathLike[str]) -> dict[str, Stored]:
         raise FileNotFoundError(f"{folder}: no such folder")
     if not (folder / INDEX).is_file():
         if not (folder / SINGLE).is_file():
-            raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
+            raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX} is there; pickled weights are not read")
         return read_header(folder / SINGLE)
     weight_map = _weight_map(folder / INDEX)
     tensors: dict[str, Stored] = {}
