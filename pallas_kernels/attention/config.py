@@ -56,7 +56,7 @@ def default_config(q: jax.Array, k: jax.Array, v: jax.Array, mode: str, *, maske
     Returns:
         A configuration.
     """
-    if padded_head_dim(q.shape[-1]) == 128 and masked and MODES[mode].values is not None:
+    if q.shape[-1] > 64 and masked and MODES[mode].values is not None:
         return Config()
     return Config(warpgroups=3, ping_pong=False)
 
