@@ -165,7 +165,7 @@ def read_manifest(path: Path) -> Manifest:
         )
     try:
         return _parse(content)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: malformed: {error!r}") from error
 
 

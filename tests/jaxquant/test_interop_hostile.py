@@ -355,6 +355,22 @@ def test_flipped_bytes_of_json_files(whole_folders, file, data):
         path.write_bytes(content)
 
 
+@pytest.mark.parametrize("huge", ["1e999", "-Infinity", "NaN"])
+@pytest.mark.parametrize("file", ["float/config.json", "ours/manifest.json"])
+def test_numbers_that_are_not_finite_are_named_errors(whole_folders, file, huge):
+    path = whole_folders / file
+    content = path.read_text()
+    changed = json.loads(content)
+    sizes = next(iter(changed["shards"].values())) if "shards" in changed else changed
+    sizes["x"] = ["HUGE", 0]
+    path.write_text(json.dumps(changed).replace('"HUGE"', huge))
+    try:
+        with pytest.raises(ValueError, match=path.name):
+            open_source(path.parent)
+    finally:
+        path.write_text(content)
+
+
 def test_nothing_is_pickled():
     """Neither package imports a module that makes objects of bytes, and no array is loaded with pickle allowed."""
     for file in (pathlib.Path(jaxquant.__file__).parent).rglob("*.py"):
