@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._shared_memory import tiled
 from pallas_kernels.activation_quant.reference import LIMITS, LOWEST, scale_of
 
 LANES = 128
@@ -90,7 +91,7 @@ def quantize_groups(x, gain, inverse_rms, dtype, limit: float) -> tuple[jax.Arra
         inverse_rms = jnp.pad(inverse_rms, (0, -m % TOKENS))
     optional = {"gain": gain, "inverse_rms": inverse_rms}
     optional = {name: value for name, value in optional.items() if value is not None}
-    shared = [_tiled((TOKENS, GROUP), x.dtype), _tiled((TOKENS, GROUP), dtype), plgpu.SMEM((TOKENS,), jnp.float32)]
+    shared = [tiled((TOKENS, GROUP), x.dtype), tiled((TOKENS, GROUP), dtype), plgpu.SMEM((TOKENS,), jnp.float32)]
 
     def body(x, *refs):
         given = dict(zip(optional, refs, strict=False))
@@ -133,14 +134,6 @@ def _groups_body(x, gain, inverse_rms, codes, scale, x_smem, codes_smem, scale_s
     plgpu.copy_smem_to_gmem(codes_smem, codes.at[tokens, inputs])
     plgpu.copy_smem_to_gmem(scale_smem, scale.at[group, tokens])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _tiled(shape, dtype):
-    size = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
-    )
 
 
 def _round(value, dtype):

@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._shared_memory import tiled
 from pallas_kernels.attention.config import ROWS, Config
 from pallas_kernels.attention.quantize import (
     INT8,
@@ -31,7 +32,7 @@ from pallas_kernels.attention.quantize import (
     Keys,
     Values,
 )
-from pallas_kernels.attention.quantize_mosaic_gpu import round_in_place, shared
+from pallas_kernels.attention.quantize_mosaic_gpu import round_in_place
 from pallas_kernels.attention.reference import MODES, Window
 from pallas_kernels.attention.registers import (
     MAGIC,
@@ -94,10 +95,10 @@ def quantized_attention(
         lambda *refs: body(refs[: len(operands)], *refs[len(operands) :]),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=[
-            shared((groups, ROWS, head_dim), q.dtype),
-            shared((groups, ROWS, head_dim), keys.codes.dtype),
-            shared((config.stages, config.block_kv, head_dim), keys.codes.dtype),
-            shared((config.stages, *value_tile), value_dtype),
+            tiled((groups, ROWS, head_dim), q.dtype),
+            tiled((groups, ROWS, head_dim), keys.codes.dtype),
+            tiled((config.stages, config.block_kv, head_dim), keys.codes.dtype),
+            tiled((config.stages, *value_tile), value_dtype),
             plgpu.Barrier(num_barriers=groups),
             barriers(),
             barriers(),

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._shared_memory import tiled
 from pallas_kernels.attention.quantize import (
     INT8,
     LARGEST_CODE,
@@ -47,8 +48,8 @@ def quantize_keys_mosaic_gpu(k: jax.Array, dtype: jnp.dtype, block: int, lengths
         functools.partial(_quantize_keys, block=block),
         out_type=[codes, scale],
         scratch_types=[
-            shared((block, head_dim), k.dtype),
-            shared((block, head_dim), dtype),
+            tiled((block, head_dim), k.dtype),
+            tiled((block, head_dim), dtype),
             plgpu.Barrier(),
         ],
         grid=(heads, tiles, batch),  # heads first: neighbours in memory are read together
@@ -67,8 +68,8 @@ def quantize_values_mosaic_gpu(v: jax.Array, dtype: jnp.dtype, block: int, lengt
         functools.partial(_quantize_values, block=block),
         out_type=jax.ShapeDtypeStruct((batch, heads, head_dim, tiles * block), dtype),
         scratch_types=[
-            shared((block, head_dim), v.dtype),
-            shared((head_dim, block), dtype, columns=CHUNK),
+            tiled((block, head_dim), v.dtype),
+            tiled((head_dim, block), dtype, columns=CHUNK),
             plgpu.Barrier(),
         ],
         grid=(heads, tiles, batch),  # heads first: neighbours in memory are read together
@@ -76,18 +77,6 @@ def quantize_values_mosaic_gpu(v: jax.Array, dtype: jnp.dtype, block: int, lengt
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     return Values(call(v, absmax, _all_lengths(lengths, batch, tokens)), absmax * (1 / LARGEST_CODE[dtype]))
-
-
-def shared(shape: tuple[int, ...], dtype, columns: int | None = None):
-    """Shared memory in the swizzled tiles that wgmma and the copy engine read without bank conflicts.
-
-    With `columns`, a tile's row is no longer than that, so that one can be addressed alone.
-    """
-    size = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle((columns or shape[-1]) * size * 8)
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
-    )
 
 
 def _all_lengths(lengths, batch: int, tokens: int):

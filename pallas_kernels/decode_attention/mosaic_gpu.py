@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._shared_memory import tiled
 from pallas_kernels.decode_attention import operand
 from pallas_kernels.decode_attention.cache import Cache
 from pallas_kernels.decode_attention.config import REDUCTION_BYTES, STATISTIC_ROWS, Config, padded_group
@@ -89,8 +90,8 @@ def _scratch(plan: _Plan, operands: dict) -> dict:
     dtype = operand.DTYPE if plan.coded else q.dtype
     scratch = {
         "rows": plgpu.SMEM((group, head_dim), q.dtype),  # queries as they come, outputs as they go
-        "q": _tiled((group, head_dim), dtype, head_dim // 2 if plan.coded else None),
-        "p": _tiled((group, block), dtype, VALUE_TOKENS if plan.coded else None),
+        "q": tiled((group, head_dim), dtype, head_dim // 2 if plan.coded else None),
+        "p": tiled((group, block), dtype, VALUE_TOKENS if plan.coded else None),
         "q_ready": plgpu.Barrier(),
         "ready": plgpu.Barrier(num_barriers=stages, num_arrivals=len(copied)),
     }
@@ -98,20 +99,20 @@ def _scratch(plan: _Plan, operands: dict) -> dict:
     for name, count in copied.items():
         shape = list(operands[name].shape[2:])
         shape[_token_axis(name, shape)] = count
-        tiles[name] = (plgpu.SMEM if plan.coded else _tiled)((stages, *shape), operands[name].dtype)
+        tiles[name] = (plgpu.SMEM if plan.coded else tiled)((stages, *shape), operands[name].dtype)
     if plan.ring:  # whose tiles take the place of the coded ones
         dtype = operands["recent_k"].dtype
-        recent = {"recent_k": _tiled((block, head_dim), dtype), "recent_v": _tiled((head_dim, block), dtype)}
-        scratch |= {"recent_q": _tiled((group, head_dim), dtype), "recent_p": _tiled((group, block), dtype)}
+        recent = {"recent_k": tiled((block, head_dim), dtype), "recent_v": tiled((head_dim, block), dtype)}
+        scratch |= {"recent_q": tiled((group, head_dim), dtype), "recent_p": tiled((group, block), dtype)}
         scratch |= {f"{name}_ready": plgpu.Barrier() for name in recent}
         scratch["tiles"] = plgpu.RefUnion(tiles, recent)
     else:
         scratch |= tiles
     if others:
         scratch |= {
-            "partial": _tiled((others, head_dim, group), jnp.float32),
-            "maximum": _tiled((others, STATISTIC_ROWS, group), jnp.float32),
-            "total": _tiled((others, STATISTIC_ROWS, group), jnp.float32),
+            "partial": tiled((others, head_dim, group), jnp.float32),
+            "maximum": tiled((others, STATISTIC_ROWS, group), jnp.float32),
+            "total": tiled((others, STATISTIC_ROWS, group), jnp.float32),
             "arrived": plgpu.Barrier(num_arrivals=3 * others),
         }
     return scratch
@@ -120,15 +121,6 @@ def _scratch(plan: _Plan, operands: dict) -> dict:
 def _token_axis(name: str, shape) -> int:
     """Where the tokens of a head's part of an array lie: last of values and theirs, first of keys and theirs."""
     return len(shape) - 1 if name.startswith("v") else 0
-
-
-def _tiled(shape: tuple[int, ...], dtype, columns: int | None = None):
-    """Shared memory in the swizzled tiles that wgmma reads, `columns` of which or all take part in one product."""
-    size = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle((shape[-1] if columns is None else columns) * size * 8)
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
-    )
 
 
 class _Tiles:

@@ -20,17 +20,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._shared_memory import tiled
+from pallas_kernels._warpgroups import copy_and_compute
 from pallas_kernels.grouped_matmul.config import ALIGNMENT, BLOCK, HOPPER_SMS, TILE, Config, tile_bound, widths
 from pallas_kernels.grouped_matmul.epilogue import PER_COLUMN, PER_ROW, STAGING, silu_mul, store_rows
 from pallas_kernels.grouped_matmul.product import product_of
 from pallas_kernels.grouped_matmul.tiles import find_tile, tile_map
 from pallas_kernels.int4_matmul.config import products_k
 from pallas_kernels.int4_matmul.formats import FORMATS
-
-# Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at
-# launch (168, 128, 96) pays for what the others take, in steps of 8.
-_COMPUTE_REGISTERS = {2: 232, 3: 152, 4: 112}
-_COPY_REGISTERS = {2: 40, 3: 40, 4: 24}
 
 
 def grouped_matmul_mosaic_gpu(
@@ -108,7 +105,7 @@ class _Plan:
         """Shared memory and barriers, by name."""
         c, stages = self.config, self.config.num_stages
         scratch = {
-            "x": _tiled((stages, c.block_m, c.block_k), self.dtype, self.wgmma_k),
+            "x": tiled((stages, c.block_m, c.block_k), self.dtype, self.wgmma_k),
             "out": plgpu.SMEM((c.num_warpgroups, self.piece, TILE), self.out_dtype, transforms=STAGING),
             "full": plgpu.Barrier(num_arrivals=2 + self.ring_scales + self.has_zero_point, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
@@ -116,42 +113,20 @@ class _Plan:
         if self.int4:
             scratch["w"] = plgpu.SMEM((stages, c.num_warpgroups, c.block_k // TILE, 2, 256), jnp.int32)
         else:
-            scratch["w"] = _tiled((stages, c.block_n, c.block_k), self.dtype, BLOCK)
+            scratch["w"] = tiled((stages, c.block_n, c.block_k), self.dtype, BLOCK)
         for name in ("scale",) * self.ring_scales + ("zero",) * self.has_zero_point:
             scratch[name] = plgpu.SMEM((stages, self.scale_rows, c.block_n), self.scale_dtype)
         return scratch
 
 
-def _tiled(shape, dtype, columns: int):
-    """Shared memory in the swizzled tiles that wgmma and the copy engine read without bank conflicts."""
-    swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
-
-
 def _body(plan: _Plan, refs, out):
     """One block: its last warpgroup copies, the others compute."""
-    compute = plan.config.num_warpgroups
-
-    def scoped(smem):
-        warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == compute)
-        def _copy():
-            if compute in _COPY_REGISTERS:
-                plgpu.set_max_registers(_COPY_REGISTERS[compute], action="decrease")
-
-            @plgpu.warp_map
-            def _(warp):
-                pl.when(warp == 0)(lambda: _copy_tiles(plan, refs, smem))
-
-        @pl.when(warpgroup < compute)
-        def _compute():
-            if compute in _COMPUTE_REGISTERS:
-                plgpu.set_max_registers(_COMPUTE_REGISTERS[compute], action="increase")
-            _compute_tiles(plan, warpgroup, refs, out, smem)
-
-    pl.run_scoped(scoped, plan.scratch(), collective_axes="warpgroup")
+    copy_and_compute(
+        plan.config.num_warpgroups,
+        plan.scratch(),
+        copy=lambda shared: _copy_tiles(plan, refs, shared),
+        compute=lambda warpgroup, shared: _compute_tiles(plan, warpgroup, refs, out, shared),
+    )
 
 
 def _for_each_tile(plan: _Plan, refs, visit):

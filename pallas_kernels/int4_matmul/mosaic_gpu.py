@@ -30,16 +30,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._cluster_sum import add_over_cluster
+from pallas_kernels._shared_memory import tiled
+from pallas_kernels._warpgroups import REGISTERS, copy_and_compute
 from pallas_kernels.int4_matmul.config import Config, num_clusters, products_k
 from pallas_kernels.int4_matmul.formats import FORMATS
 from pallas_kernels.int4_matmul.layout import TILE
 from pallas_kernels.int4_matmul.operand import COLUMNS, ROWS
 from pallas_kernels.int4_matmul.products import product_of
 
-# Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at
-# launch (168, 128, 96) pays for what the others take, in steps of 8.
-_COMPUTE_REGISTERS = {2: 240, 3: 152, 4: 112}
-_COPY_REGISTERS = {2: 24, 3: 40, 4: 24}
+# Two compute warpgroups hold long sums in pairs: they take all that the copying one can give.
+_REGISTERS = REGISTERS | {2: (240, 24)}
 
 
 def int4_matmul_mosaic_gpu(
@@ -147,11 +147,11 @@ class _Plan:
         rows = (stages, self.scale_rows, c.block_n)
         piece = (TILE, self.piece_m) if self.transposed_out else (self.piece_m, TILE)
         scratch = {
-            "x": _tiled((stages, c.block_m, c.block_k), self.dtype, self.wgmma_k),
+            "x": tiled((stages, c.block_m, c.block_k), self.dtype, self.wgmma_k),
             "w": plgpu.SMEM((stages, c.num_warpgroups, c.block_k // self.format.tile_k, 2, 256), jnp.int32),
             "scale": plgpu.SMEM(rows, self.scale_dtype) if self.ring_scales else None,
             "zero": plgpu.SMEM(rows, self.scale_dtype) if self.has_zero_point else None,
-            "out": _tiled((c.num_warpgroups, self.stagings, *piece), self.out_dtype, piece[1]),
+            "out": tiled((c.num_warpgroups, self.stagings, *piece), self.out_dtype, piece[1]),
             "full": plgpu.Barrier(num_arrivals=2 + self.ring_scales + self.has_zero_point, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
         }
@@ -166,7 +166,7 @@ class _Plan:
             )
         if c.split_k > 1:
             scratch |= {
-                "partial": _tiled(
+                "partial": tiled(
                     (c.num_warpgroups, c.split_k - 1, TILE, self.chunk_m), jnp.float32, min(self.chunk_m, 32)
                 ),
                 "arrived": plgpu.Barrier(num_arrivals=c.split_k - 1, num_barriers=c.num_warpgroups),
@@ -175,39 +175,18 @@ class _Plan:
         return scratch
 
 
-def _tiled(shape, dtype, columns: int):
-    """Shared memory in the swizzled tiles that wgmma and the copy engine read without bank conflicts."""
-    swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
-
-
 def _body(plan: _Plan, weights_tree, x, *refs):
     """One block: its last warpgroup copies, the others compute."""
     count, given = weights_tree.num_leaves, int(plan.x_bytes == 1)
     weights, outs = jax.tree.unflatten(weights_tree, refs[:count]), refs[count + given :]
     x_scale = refs[count] if given else None
-    compute = plan.config.num_warpgroups
-
-    def scoped(smem):
-        warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == compute)
-        def _copy():
-            if compute in _COPY_REGISTERS:
-                plgpu.set_max_registers(_COPY_REGISTERS[compute], action="decrease")
-
-            @plgpu.warp_map
-            def _(warp):
-                pl.when(warp == 0)(lambda: _copy_tiles(plan, x, weights, smem))
-
-        @pl.when(warpgroup < compute)
-        def _compute():
-            if compute in _COMPUTE_REGISTERS:
-                plgpu.set_max_registers(_COMPUTE_REGISTERS[compute], action="increase")
-            _compute_tiles(plan, warpgroup, weights, x_scale, outs, smem)
-
-    pl.run_scoped(scoped, plan.scratch(), collective_axes="warpgroup")
+    copy_and_compute(
+        plan.config.num_warpgroups,
+        plan.scratch(),
+        copy=lambda shared: _copy_tiles(plan, x, weights, shared),
+        compute=lambda warpgroup, shared: _compute_tiles(plan, warpgroup, weights, x_scale, outs, shared),
+        registers=_REGISTERS,
+    )
 
 
 def _for_each_tile(plan: _Plan, visit):

@@ -25,14 +25,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._cluster_sum import add_over_cluster
+from pallas_kernels._shared_memory import tiled
+from pallas_kernels._warpgroups import copy_and_compute
 from pallas_kernels.int8_matmul.config import COPY_ALIGNMENT, Config, num_clusters, shares_x
 from pallas_kernels.int8_matmul.layout import BLOCK
 from pallas_kernels.int8_matmul.products import PER_COLUMN, PER_ROW, TILE, exact_product, promoted_product
-
-# Registers a thread keeps, per number of compute warpgroups: what the copying warpgroup gives back of its share at
-# launch (168, 128, 96) pays exactly for what the others take, in steps of 8.
-_COMPUTE_REGISTERS = {2: 232, 3: 152, 4: 112}
-_COPY_REGISTERS = {2: 40, 3: 40, 4: 24}
 
 
 def int8_matmul_mosaic_gpu(x, weight, x_scale, w_scale, x_zero_point, weight_sum, bias, *, out_dtype, config: Config):
@@ -127,9 +124,9 @@ class _Plan:
         c, stages = self.config, self.config.num_stages
         vectors = self.tile_vectors.items()
         scratch = {
-            "x": _tiled((stages, c.block_m, c.block_k), self.dtype),
-            "weight": _tiled((stages, c.block_n, c.block_k), self.dtype),
-            "out": _tiled((c.num_warpgroups, c.stagings(self.out_dtype), *self.piece_shape), self.out_dtype),
+            "x": tiled((stages, c.block_m, c.block_k), self.dtype),
+            "weight": tiled((stages, c.block_n, c.block_k), self.dtype),
+            "out": tiled((c.num_warpgroups, c.stagings(self.out_dtype), *self.piece_shape), self.out_dtype),
             "full": plgpu.Barrier(num_arrivals=2 + self.blocked, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
             "vectors": {name: plgpu.SMEM((2, _aligned(size, dtype)), dtype) for name, (size, dtype) in vectors},
@@ -145,7 +142,7 @@ class _Plan:
             scratch["vectors_empty"] = plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=2)
         if c.split_k > 1:
             scratch |= {
-                "partial": _tiled((c.num_warpgroups, c.split_k - 1, TILE, c.chunk), jnp.float32),
+                "partial": tiled((c.num_warpgroups, c.split_k - 1, TILE, c.chunk), jnp.float32),
                 "arrived": plgpu.Barrier(num_arrivals=c.split_k - 1, num_barriers=c.num_warpgroups),
                 "free": plgpu.ClusterBarrier(collective_axes=("peer",), num_barriers=c.num_warpgroups),
             }
@@ -158,38 +155,14 @@ def _aligned(size: int, dtype) -> int:
     return -(-size // per_line) * per_line
 
 
-def _tiled(shape, dtype):
-    """Shared memory in the swizzled tiles that wgmma and the copy engine read without bank conflicts."""
-    size = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * size * 8)
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
-    )
-
-
 def _body(plan: _Plan, x, weight, vectors, out):
     """One block: its last warpgroup copies, the others compute."""
-    compute = plan.config.num_warpgroups
-
-    def scoped(smem):
-        warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == compute)
-        def _copy():
-            if compute in _COPY_REGISTERS:
-                plgpu.set_max_registers(_COPY_REGISTERS[compute], action="decrease")
-
-            @plgpu.warp_map
-            def _(warp):
-                pl.when(warp == 0)(lambda: _copy_tiles(plan, x, weight, vectors, smem))
-
-        @pl.when(warpgroup < compute)
-        def _compute():
-            if compute in _COMPUTE_REGISTERS:
-                plgpu.set_max_registers(_COMPUTE_REGISTERS[compute], action="increase")
-            _compute_tiles(plan, warpgroup, vectors, out, smem)
-
-    pl.run_scoped(scoped, plan.scratch(), collective_axes="warpgroup")
+    copy_and_compute(
+        plan.config.num_warpgroups,
+        plan.scratch(),
+        copy=lambda shared: _copy_tiles(plan, x, weight, vectors, shared),
+        compute=lambda warpgroup, shared: _compute_tiles(plan, warpgroup, vectors, out, shared),
+    )
 
 
 def _for_each_tile(plan: _Plan, visit):
