@@ -1,12 +1,11 @@
 """The command of the attention benches: rows of a case, a mode and a configuration, run in workers and printed."""
 
 import argparse
-import json
 import pathlib
 from collections.abc import Callable
 
 from experiments import _workers
-from experiments._clock import conditions
+from experiments._clock import write_results
 
 
 def command_line(description: str, *, seconds: float, workers: int) -> argparse.ArgumentParser:
@@ -39,7 +38,7 @@ def run(module: str, arguments: argparse.Namespace, items: list[dict], line: Cal
         on_result=lambda row: print(line(row), flush=True),
     )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=1))
+        write_results(arguments.json, rows=rows)
     print(f"\n{len(rows)} rows, {sum(not row.get('ok') for row in rows)} not ok")
     for row in sorted(rows, key=lambda row: (row["case"], row["mode"])):
         print(line(row))

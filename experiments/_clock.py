@@ -1,7 +1,9 @@
 """Clocks for kernels on a GPU: the profiler's kernel times, CUDA graph replay; and what a number was taken under."""
 
 import datetime
+import json
 import math
+import pathlib
 import statistics
 import subprocess
 import time
@@ -119,6 +121,12 @@ def conditions() -> dict:
         "jax": jax.__version__,
         "commit": commit or "unknown",
     }
+
+
+def write_results(path: str | pathlib.Path, **results) -> None:
+    """Write results as JSON, by name, with the conditions that they were measured in."""
+    text = json.dumps({"conditions": conditions(), **results}, indent=1)
+    pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def measured_peaks() -> dict:

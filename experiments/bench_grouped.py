@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import _workers
-from experiments._clock import conditions, microseconds_of_each_kernel, rotations
+from experiments._clock import microseconds_of_each_kernel, rotations, write_results
 from pallas_kernels.grouped_matmul import Config, default_config, grouped_matmul, separate, supports
 from pallas_kernels.grouped_matmul.cases import LAYERS, SIZES, TOKENS
 from pallas_kernels.int4_matmul import dequantize
@@ -71,7 +71,7 @@ def main():
         on_result=lambda row: print(line(row), flush=True),
     )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=1))
+        write_results(arguments.json, rows=rows)
 
 
 def items(arguments) -> list[dict]:

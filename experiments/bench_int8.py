@@ -11,7 +11,6 @@ gaps between kernels count, by its profiler (`kernel`). Weights are rotated past
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import time
 
@@ -380,10 +379,9 @@ def main():
     checked = [r for r in results if "ok" in r or "error" in r]
     print(f"{len(results)} of {asked} items; {sum(not r.get('ok') for r in checked)} of {len(checked)} checks failed")
     if options.json:
-        from experiments._clock import conditions
+        from experiments._clock import write_results
 
-        with open(options.json, "w") as file:
-            json.dump({"conditions": conditions(), "results": results}, file)
+        write_results(options.json, results=results)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ TB/s (an H200's copy), or the products at 790 TFLOP/s.
 
 import argparse
 import functools
-import json
 
 from pallas_kernels.int4_matmul.cases import SHAPES
 
@@ -80,10 +79,9 @@ def main():
     )
     print(f"{len(results)} of {len(items)} items, {sum(not r.get('ok') for r in results)} failed")
     if options.json:
-        from experiments._clock import conditions
+        from experiments._clock import write_results
 
-        with open(options.json, "w") as file:
-            json.dump({"conditions": conditions(), "results": results}, file)
+        write_results(options.json, results=results)
 
 
 if __name__ == "__main__":

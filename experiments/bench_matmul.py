@@ -259,10 +259,9 @@ def main():
             )
         )
     if options.json:
-        from experiments._clock import conditions
+        from experiments._clock import write_results
 
-        with open(options.json, "w") as file:
-            json.dump({"conditions": conditions(), "rows": rows, "all": results}, file)
+        write_results(options.json, rows=rows, all=results)
 
 
 if __name__ == "__main__":

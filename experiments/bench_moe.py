@@ -8,7 +8,6 @@ W4A16 experts in groups of 128, gate and up merged, tokens routed by random logi
 
 import argparse
 import functools
-import json
 import pathlib
 import statistics
 
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
-from experiments._clock import conditions, microseconds_of_each_kernel, rotations, wall_microseconds
+from experiments._clock import microseconds_of_each_kernel, rotations, wall_microseconds, write_results
 from jaxquant._packed import INT4_LAYOUT
 from pallas_kernels.grouped_matmul import separate
 from pallas_kernels.grouped_matmul.cases import LAYERS
@@ -41,7 +40,7 @@ def main() -> None:
             rows.append(measure(layer, tokens))
             print(line(rows[-1]), flush=True)
             if arguments.json:
-                arguments.json.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=1) + "\n")
+                write_results(arguments.json, rows=rows)
 
 
 def random_experts(key: jax.Array, experts: int, k: int, n: int) -> jq.QArray:

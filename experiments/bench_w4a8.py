@@ -10,7 +10,6 @@ replay. Weights are rotated past the L2 cache.
 import argparse
 import dataclasses
 import functools
-import json
 
 from pallas_kernels.int4_matmul.cases import SHAPES
 
@@ -206,10 +205,9 @@ def main():
     print(f"{len(results)} of {len(asked)} items; {sum(not r.get('ok') for r in checked)} of {len(checked)} failed")
     summary(results)
     if options.json:
-        from experiments._clock import conditions
+        from experiments._clock import write_results
 
-        with open(options.json, "w") as file:
-            json.dump({"conditions": conditions(), "results": results}, file)
+        write_results(options.json, results=results)
 
 
 if __name__ == "__main__":

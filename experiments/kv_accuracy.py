@@ -11,7 +11,6 @@ Attention is compared on the held-out sequences, mode by mode, with the cosine s
 
 import argparse
 import functools
-import json
 import pathlib
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from experiments._clock import conditions
+from experiments._clock import write_results
 from experiments.evaluation import token_measures
 from experiments.models import Decoder, generate, load_hf
 from jaxquant._kv_groups import quantize_groups
@@ -52,7 +51,7 @@ def main() -> int:
         "attention": attention_rows(Decoder(config), params, jnp.asarray(held_out[:32])),
     }
     if arguments.json:
-        arguments.json.write_text(json.dumps({"conditions": conditions(), **rows}, indent=1) + "\n")
+        write_results(arguments.json, **rows)
     return 0
 
 

@@ -146,10 +146,9 @@ def main():
     for r in best(results):
         print(f"{r['shape']:20} m={r['m']:<5} {r['kernel_us']:8.1f} us  {r['config']}")
     if options.json:
-        from experiments._clock import conditions
+        from experiments._clock import write_results
 
-        with open(options.json, "w") as file:
-            json.dump({"conditions": conditions(), "best": best(results), "all": results}, file)
+        write_results(options.json, best=best(results), all=results)
 
 
 if __name__ == "__main__":
