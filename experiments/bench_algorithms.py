@@ -15,14 +15,14 @@ import time
 import jax
 import jax.numpy as jnp
 
-from jaxquant._spec import PerGroup, QuantSpec, TensorSpec
-from jaxquant._statistics import init_statistics, update_statistics
 from jaxquant.algorithms._apply import quantize_weight
 from jaxquant.algorithms._factor import factor_upper, regularize
+from jaxquant.algorithms._statistics import init_statistics, update_statistics
 from jaxquant.algorithms._transform import chain
 from jaxquant.algorithms.awq import awq
 from jaxquant.algorithms.gptq import gptq
 from jaxquant.algorithms.rtn import rtn
+from jaxquant.arrays._spec import PerGroup, QuantSpec, TensorSpec
 
 PRODUCTS = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
 LAYERS = 32

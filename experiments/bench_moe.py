@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 import jaxquant as jq
 from experiments._clock import microseconds_of_each_kernel, rotations, wall_microseconds, write_results
-from jaxquant._packed import INT4_LAYOUT
+from jaxquant.arrays._packed import INT4_LAYOUT
 from pallas_kernels.grouped_matmul import separate
 from pallas_kernels.grouped_matmul.cases import LAYERS
 from pallas_kernels.int4_matmul import dequantize

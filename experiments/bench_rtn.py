@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant._qarray import quantize_array
 from jaxquant._quantize import quantize
-from jaxquant._spec import PRESETS, QuantConfig
+from jaxquant.arrays._qarray import quantize_array
+from jaxquant.arrays._spec import PRESETS, QuantConfig
 
 SHAPE = (4096, 8192)
 GROUP = 128

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant._spec import PRESETS, QuantConfig, Rule
 from jaxquant.algorithms._transform import WeightTransform
 from jaxquant.algorithms.awq import awq
 from jaxquant.algorithms.gptq import gptq
 from jaxquant.algorithms.smoothquant import smoothquant
+from jaxquant.arrays._spec import PRESETS, QuantConfig, Rule
 from jaxquant.conversion import convert, export
 from jaxquant.inspection import diff, inspect
 from jaxquant.interop import FORMATS

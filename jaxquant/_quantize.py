@@ -9,23 +9,23 @@ from typing import Any, Literal
 import jax
 from jax.core import Tracer
 
-from jaxquant._calibrate import Calibration, arguments_of, check_reached, gather_statistics, plan_watches
-from jaxquant._calibrated import Job, not_finite
-from jaxquant._expert_rows import check_expert_tokens
-from jaxquant._infer import infer_axes
-from jaxquant._lazy import load_leaf
-from jaxquant._numerics import all_finite
-from jaxquant._observe import Watch
-from jaxquant._outliers import dequantize_weight
-from jaxquant._packing import plain
-from jaxquant._qarray import QArray, quantize_array
-from jaxquant._report import WeightReport, show_progress
-from jaxquant._resume import Finished, open_finished
-from jaxquant._rules import Assignment, assign
-from jaxquant._sequential import abstract_tree, walk_model
-from jaxquant._spec import QuantConfig, QuantSpec
-from jaxquant._statistics import FLOAT_NEEDS
-from jaxquant._tree import is_quantized, map_named, named_leaves
+from jaxquant.algorithms._statistics import FLOAT_NEEDS
+from jaxquant.arrays._numerics import all_finite
+from jaxquant.arrays._outliers import dequantize_weight
+from jaxquant.arrays._packing import plain
+from jaxquant.arrays._qarray import QArray, quantize_array
+from jaxquant.arrays._spec import QuantConfig, QuantSpec
+from jaxquant.calibration._calibrate import Calibration, arguments_of, check_reached, gather_statistics, plan_watches
+from jaxquant.calibration._calibrated import Job, not_finite
+from jaxquant.calibration._expert_rows import check_expert_tokens
+from jaxquant.calibration._observe import Watch
+from jaxquant.calibration._report import WeightReport, show_progress
+from jaxquant.calibration._resume import Finished, open_finished
+from jaxquant.calibration._sequential import abstract_tree, walk_model
+from jaxquant.parameters._lazy import load_leaf
+from jaxquant.parameters._rules import Assignment, assign
+from jaxquant.parameters._tree import is_quantized, map_named, named_leaves
+from jaxquant.tracing._infer import infer_axes
 
 
 def quantize(

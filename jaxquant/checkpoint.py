@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant._companions import FOLDER as COMPANIONS
-from jaxquant._companions import copy_companions
-from jaxquant._manifest import decode_tree, decode_value, encode_tree, encode_value
-from jaxquant._spec import QuantConfig
-from jaxquant._store import Reader, Record, Shard, Writer
+from jaxquant.arrays._spec import QuantConfig
+from jaxquant.storage._companions import FOLDER as COMPANIONS
+from jaxquant.storage._companions import copy_companions
+from jaxquant.storage._manifest import decode_tree, decode_value, encode_tree, encode_value
+from jaxquant.storage._store import Reader, Record, Shard, Writer
 
 FORMAT = "jaxquant checkpoint"
 FORMAT_VERSION = 1
@@ -39,7 +39,7 @@ class Manifest:
     """What a checkpoint says of itself.
 
     Attributes:
-        tree: the tree's node (see `jaxquant._manifest`).
+        tree: the tree's node (see `jaxquant.storage._manifest`).
         records: what each numbered array is and where.
         shards: the orbax folders, with the sizes and checksums of their files.
         config: what the parameters were quantized with, its algorithm left out, or None.

@@ -21,19 +21,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant._companions import FOLDER as COMPANIONS
-from jaxquant._companions import copy_companions
-from jaxquant._journal import Journal
-from jaxquant._manifest import decode_tree, encode_tree
-from jaxquant._mapped import forget_pages, mapping_of
 from jaxquant._quantize import quantize
-from jaxquant._rules import Assignment, assign
-from jaxquant._sources import Source, open_source, read_leaf
-from jaxquant._spec import PerChannel, PerGroup, QuantConfig, Rule
-from jaxquant._store import as_numbers
+from jaxquant.arrays._spec import PerChannel, PerGroup, QuantConfig, Rule
 from jaxquant.checkpoint import Manifest, Path, check_target, library_version, publish, staging_folder, write_tree
 from jaxquant.interop import Module
 from jaxquant.interop.huggingface_write import Format, write_folder
+from jaxquant.parameters._rules import Assignment, assign
+from jaxquant.storage._companions import FOLDER as COMPANIONS
+from jaxquant.storage._companions import copy_companions
+from jaxquant.storage._journal import Journal
+from jaxquant.storage._manifest import decode_tree, encode_tree
+from jaxquant.storage._mapped import forget_pages, mapping_of
+from jaxquant.storage._sources import Source, open_source, read_leaf
+from jaxquant.storage._store import as_numbers
 
 SLICE_BYTES = 1 << 21  # a larger weight is quantized by slices; what these take on the way adds up to a tenth of a leaf
 SLICES = 2  # read and quantized at a time

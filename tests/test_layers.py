@@ -12,6 +12,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = ("pallas_kernels", "jaxquant", "experiments")
 DOOR = pathlib.Path("jaxquant/_kernels.py")
+# The rooms of jaxquant, each above those it may import from. Modules beside the rooms join them and may import any.
+ROOMS = ("arrays", "parameters", "products", "algorithms", "tracing", "calibration")
 
 # These import names belong to distributions of other names.
 IMPORT_NAMES = {"orbax-checkpoint": "orbax"}
@@ -49,6 +51,19 @@ def test_no_layer_imports_a_higher_one(package):
     assert sources(package)
     higher = {*LAYERS[LAYERS.index(package) + 1 :], "tests"}
     upward = {path.relative_to(ROOT): found for path in sources(package) if (found := imported(path) & higher)}
+    assert not upward
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_of_jaxquant_imports_a_higher_one(room):
+    higher = {f"jaxquant.{name}" for name in ROOMS[ROOMS.index(room) + 1 :]}
+    upward = {
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources(f"jaxquant/{room}")
+        for node in ast.parse(path.read_text()).body  # what only type checkers see, under `if`, is no import
+        if isinstance(node, ast.ImportFrom) and node.module.startswith(tuple(higher))
+    }
+    assert sources(f"jaxquant/{room}")
     assert not upward
 
 

@@ -6,7 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxquant._matrix import (
+from jaxquant.algorithms._statistics import Statistics
+from jaxquant.algorithms._transform import Outliers, WeightState, WeightTransform, chain, rescale_inputs
+from jaxquant.algorithms.ranges import activation_scale, channel_scales, range_needs
+from jaxquant.algorithms.rtn import finish
+from jaxquant.arrays._matrix import (
     MatrixForm,
     from_matrix,
     grid_from_matrix,
@@ -17,13 +21,9 @@ from jaxquant._matrix import (
     scalars_from_matrix,
     to_matrix,
 )
-from jaxquant._outliers import OutlierArray
-from jaxquant._qarray import QArray, from_codes
-from jaxquant._spec import PerChannel, PerTensor, QuantSpec
-from jaxquant._statistics import Statistics
-from jaxquant.algorithms._transform import Outliers, WeightState, WeightTransform, chain, rescale_inputs
-from jaxquant.algorithms.ranges import activation_scale, channel_scales, range_needs
-from jaxquant.algorithms.rtn import finish
+from jaxquant.arrays._outliers import OutlierArray
+from jaxquant.arrays._qarray import QArray, from_codes
+from jaxquant.arrays._spec import PerChannel, PerTensor, QuantSpec
 
 
 def needed_statistics(transform: WeightTransform | None, spec: QuantSpec) -> frozenset[str]:
@@ -34,7 +34,7 @@ def needed_statistics(transform: WeightTransform | None, spec: QuantSpec) -> fro
         spec: the weight's spec; a static activation needs its range.
 
     Returns:
-        Names out of `jaxquant._statistics.NEEDS`.
+        Names out of `jaxquant.algorithms._statistics.NEEDS`.
     """
     needs = transform.needs if transform is not None else frozenset()
     return needs | (range_needs(spec.activation) if spec.activation is not None else frozenset())
@@ -66,7 +66,7 @@ def quantize_weight(
     Raises:
         ValueError: statistics that the transform needs were not gathered.
 
-    >>> from jaxquant._spec import PRESETS
+    >>> from jaxquant.arrays._spec import PRESETS
     >>> q, report = quantize_weight(jnp.ones((128, 8)), PRESETS["w4a16"])
     >>> q.shape
     (128, 8)

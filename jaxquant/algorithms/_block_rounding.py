@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant._outliers import OutlierArray, dequantize_weight
-from jaxquant._qarray import QArray, codes_of, dequantize_array, pack_padded, pad_axis
 from jaxquant.algorithms._transform import BlockTuning
 from jaxquant.algorithms.learned_rounding import (
     OPTIMIZERS,
@@ -23,6 +21,8 @@ from jaxquant.algorithms.learned_rounding import (
     start_from,
     step_roundings,
 )
+from jaxquant.arrays._outliers import OutlierArray, dequantize_weight
+from jaxquant.arrays._qarray import QArray, codes_of, dequantize_array, pack_padded, pad_axis
 
 Run = Callable[[list[jax.Array], Any], list[jax.Array]]  # the block: weights and everything else -> outputs
 

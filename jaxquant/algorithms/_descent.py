@@ -8,9 +8,9 @@ its codes less the zero point. Both steps never raise the error.
 import jax
 import jax.numpy as jnp
 
-from jaxquant._numerics import decode, encode
-from jaxquant._spec import TensorSpec
 from jaxquant.algorithms._rows import visit_rows
+from jaxquant.arrays._numerics import decode, encode
+from jaxquant.arrays._spec import TensorSpec
 
 TILE = 32  # rows between two products with H
 

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant._numerics import find_range, grid_shape, range_to_scale, search_shrink
-from jaxquant._spec import QuantSpec, TensorSpec
-from jaxquant._statistics import Statistics, rescale_statistics
+from jaxquant.algorithms._statistics import Statistics, rescale_statistics
+from jaxquant.arrays._numerics import find_range, grid_shape, range_to_scale, search_shrink
+from jaxquant.arrays._spec import QuantSpec, TensorSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class WeightTransform:
 
     Attributes:
         name: as printed in reports.
-        needs: the statistics it reads, names out of `jaxquant._statistics.NEEDS`.
+        needs: the statistics it reads, names out of `jaxquant.algorithms._statistics.NEEDS`.
         rule: pure function `(state, spec, **options) -> state`; of module level, or itself hashable.
         options: the rule's keyword arguments.
         tuning: what happens once all weights of a block are rounded, or None.

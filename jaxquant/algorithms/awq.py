@@ -23,10 +23,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxquant._numerics import decode, encode, expand_grid
-from jaxquant._spec import QuantSpec, TensorSpec
-from jaxquant._statistics import require
 from jaxquant.algorithms._factor import diagonal_blocks
+from jaxquant.algorithms._statistics import require
 from jaxquant.algorithms._transform import (
     WeightState,
     WeightTransform,
@@ -36,6 +34,8 @@ from jaxquant.algorithms._transform import (
     output_error,
     rescale_inputs,
 )
+from jaxquant.arrays._numerics import decode, encode, expand_grid
+from jaxquant.arrays._spec import QuantSpec, TensorSpec
 
 STEPS = 20  # exponents r = 0, 1/20, ..., 19/20
 CLIP_STEPS = 10  # ranges of 1, 0.95, ..., 0.55 times the full one

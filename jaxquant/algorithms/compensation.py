@@ -23,10 +23,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxquant._spec import QuantSpec
-from jaxquant._statistics import require
 from jaxquant.algorithms._factor import factor_upper, regularize
+from jaxquant.algorithms._statistics import require
 from jaxquant.algorithms._transform import WeightState, WeightTransform, make_transform
+from jaxquant.arrays._spec import QuantSpec
 
 
 def compensate(*, strength: float = 0.5, residual: float = 0.0, damping: float = 0.01) -> WeightTransform:

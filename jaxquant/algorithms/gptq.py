@@ -28,13 +28,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxquant._numerics import decode, encode
-from jaxquant._spec import QuantSpec, TensorSpec
-from jaxquant._statistics import require
 from jaxquant.algorithms._descent import descend
 from jaxquant.algorithms._factor import diagonal_blocks, factor_upper, regularize
 from jaxquant.algorithms._rows import visit_rows
+from jaxquant.algorithms._statistics import require
 from jaxquant.algorithms._transform import WeightState, WeightTransform, find_cells, make_transform, matrix_grid
+from jaxquant.arrays._numerics import decode, encode
+from jaxquant.arrays._spec import QuantSpec, TensorSpec
 
 TILE = 128  # rows between two products with everything before them
 Cells = tuple[jax.Array, jax.Array | None]  # scales and zero points

@@ -1,9 +1,9 @@
 """Learned rounding: offsets before rounding and gains of the scales, trained by gradient steps.
 
 Differs from the papers in:
-1. A block is what lies between two cuts of the traced program (`jaxquant/_blocks.py`), two of them for each layer of a
-   transformer; no list of modules says so. With `output="layer"` the objective is each weight's own output error
-   trace(D^T H D) over all calibration tokens instead, with its exact gradient.
+1. A block is what lies between two cuts of the traced program (`jaxquant/calibration/_blocks.py`), two of them for each
+   layer of a transformer; no list of modules says so. With `output="layer"` the objective is each weight's own output
+   error trace(D^T H D) over all calibration tokens instead, with its exact gradient.
 2. It starts from whatever codes the chain has reached, from GPTQ's for example, and never loses to them on the
    calibration tokens; AutoRound starts from round-to-nearest.
 3. One gain for each scale cell, with zero points fixed, where AutoRound trains both ends of the range.
@@ -31,13 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxquant._numerics import expand_grid
-from jaxquant._qtypes import QType, decode_codes
-from jaxquant._spec import QuantSpec
-from jaxquant._statistics import require
 from jaxquant.algorithms._factor import regularize
+from jaxquant.algorithms._statistics import require
 from jaxquant.algorithms._transform import BlockTuning, WeightState, WeightTransform, make_transform, output_error
 from jaxquant.algorithms.rtn import apply_rtn
+from jaxquant.arrays._numerics import expand_grid
+from jaxquant.arrays._qtypes import QType, decode_codes
+from jaxquant.arrays._spec import QuantSpec
 
 GAIN_RANGE = (0.5, 1.5)
 OPTIMIZERS = {"sign": optax.sign_sgd, "adam": optax.adam}

@@ -19,9 +19,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxquant._spec import QuantSpec
-from jaxquant._statistics import require, rescale_statistics
+from jaxquant.algorithms._statistics import require, rescale_statistics
 from jaxquant.algorithms._transform import Outliers, WeightState, WeightTransform, make_transform
+from jaxquant.arrays._spec import QuantSpec
 
 
 def llm_int8(*, threshold: float = 6.0, capacity: float = 0.01) -> WeightTransform:

@@ -23,9 +23,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxquant._numerics import decode, encode, find_scale, range_to_scale
-from jaxquant._spec import PerChannel, PerGroup, PerTensor, TensorSpec
-from jaxquant._statistics import BINS, Statistics, histogram_of, require
+from jaxquant.algorithms._statistics import BINS, Statistics, histogram_of, require
+from jaxquant.arrays._numerics import decode, encode, find_scale, range_to_scale
+from jaxquant.arrays._spec import PerChannel, PerGroup, PerTensor, TensorSpec
 
 CANDIDATES = 100
 CHANNELS = 64  # whose histograms are searched at once
@@ -39,8 +39,8 @@ def range_needs(spec: TensorSpec) -> frozenset[str]:
         spec: the activation's spec.
 
     Returns:
-        Names out of `jaxquant._statistics.NEEDS`; none for a dynamic activation. Samples stand in for the histogram
-        once a `pre_scale` has changed the inputs.
+        Names out of `jaxquant.algorithms._statistics.NEEDS`; none for a dynamic activation. Samples stand in for the
+        histogram once a `pre_scale` has changed the inputs.
 
     >>> range_needs(TensorSpec("int8", PerTensor(), static=True))
     frozenset({'range'})
@@ -69,7 +69,7 @@ def activation_scale(stats: Statistics, spec: TensorSpec) -> tuple[jax.Array, ja
     Raises:
         ValueError: the spec is not per tensor, or KL is asked for a format that is not an integer.
 
-    >>> from jaxquant._statistics import init_statistics, update_statistics
+    >>> from jaxquant.algorithms._statistics import init_statistics, update_statistics
     >>> spec = TensorSpec("int8", PerTensor(), grid="restricted", static=True)
     >>> stats = update_statistics(init_statistics({"range"}, 1), jnp.asarray([[-127.0], [3.0]]))
     >>> activation_scale(stats, spec)[0].item()
@@ -102,7 +102,7 @@ def channel_scales(stats: Statistics, spec: TensorSpec) -> jax.Array:
     Raises:
         ValueError: moving averages, which are gathered over all channels.
 
-    >>> from jaxquant._statistics import init_statistics, update_statistics
+    >>> from jaxquant.algorithms._statistics import init_statistics, update_statistics
     >>> spec = TensorSpec("int8", PerChannel(), grid="restricted", static=True)
     >>> stats = update_statistics(init_statistics({"range"}, 2), jnp.asarray([[-127.0, 254.0]]))
     >>> channel_scales(stats, spec).tolist()

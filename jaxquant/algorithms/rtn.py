@@ -4,8 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxquant._numerics import decode, encode
-from jaxquant._spec import QuantSpec
 from jaxquant.algorithms._transform import (
     WeightState,
     WeightTransform,
@@ -14,6 +12,8 @@ from jaxquant.algorithms._transform import (
     matrix_grid,
     output_error,
 )
+from jaxquant.arrays._numerics import decode, encode
+from jaxquant.arrays._spec import QuantSpec
 
 
 def rtn() -> WeightTransform:

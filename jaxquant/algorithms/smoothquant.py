@@ -21,9 +21,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxquant._numerics import decode, encode
-from jaxquant._spec import QuantSpec
-from jaxquant._statistics import require
+from jaxquant.algorithms._statistics import require
 from jaxquant.algorithms._transform import (
     WeightState,
     WeightTransform,
@@ -33,6 +31,8 @@ from jaxquant.algorithms._transform import (
     rescale_inputs,
 )
 from jaxquant.algorithms.ranges import fake_quantize_activation
+from jaxquant.arrays._numerics import decode, encode
+from jaxquant.arrays._spec import QuantSpec
 
 GRID = tuple(step / 20 for step in range(0, 20))
 FLOOR = 1e-5  # of maxima, as in the reference code

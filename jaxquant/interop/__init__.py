@@ -5,11 +5,11 @@ writes all of these but the last. `names` holds the tables that map modules to p
 convert one array.
 """
 
-from jaxquant._leaf import Leaf
 from jaxquant.interop.huggingface import Folder, load_huggingface, plan_huggingface
 from jaxquant.interop.huggingface_write import FORMATS, save_huggingface
 from jaxquant.interop.names import TABLES, Module
 from jaxquant.interop.qwix import from_qwix, to_qwix
+from jaxquant.storage._leaf import Leaf
 
 __all__ = [
     "FORMATS",

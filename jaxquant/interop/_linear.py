@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxquant._manifest import check_qarray
-from jaxquant._qarray import QArray
-from jaxquant._qtypes import QType, get_qtype
-from jaxquant._spec import TensorSpec
+from jaxquant.arrays._qarray import QArray
+from jaxquant.arrays._qtypes import QType, get_qtype
+from jaxquant.arrays._spec import TensorSpec
+from jaxquant.storage._manifest import check_qarray
 
 Tensors = Mapping[str, np.ndarray]
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant._qarray import QArray
+from jaxquant.arrays._qarray import QArray
 
 
 def shape_of(leaf: Any) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ Both are one little-endian bit string along an axis, so where whole words are fi
 
 import numpy as np
 
-from jaxquant._qtypes import QType
+from jaxquant.arrays._qtypes import QType
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble k of a word of AWQ's holds column AWQ_ORDER[k] of its eight
 

@@ -22,9 +22,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxquant._qarray import QArray
-from jaxquant._qtypes import get_qtype
-from jaxquant._spec import PerGroup, PerTensor, PerToken, TensorSpec
+from jaxquant.arrays._qarray import QArray
+from jaxquant.arrays._qtypes import get_qtype
+from jaxquant.arrays._spec import PerGroup, PerTensor, PerToken, TensorSpec
 from jaxquant.interop._linear import FLOATS, Tensors, check_finite, check_surplus, expect, input_order, make_linear
 from jaxquant.interop._patterns import compile_pattern
 from jaxquant.interop._words import fit, to_storage, unpack_words, words_to_storage

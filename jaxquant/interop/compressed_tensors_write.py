@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant._qarray import QArray
-from jaxquant._spec import PerGroup, PerTensor, PerToken
+from jaxquant.arrays._qarray import QArray
+from jaxquant.arrays._spec import PerGroup, PerTensor, PerToken
 from jaxquant.interop._linear import check_exportable, group_index
 from jaxquant.interop._words import from_storage, pack_words, storage_to_words
 

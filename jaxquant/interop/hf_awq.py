@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant._qarray import QArray
-from jaxquant._qtypes import get_qtype
+from jaxquant.arrays._qarray import QArray
+from jaxquant.arrays._qtypes import get_qtype
 from jaxquant.interop._linear import (
     FLOATS,
     Tensors,

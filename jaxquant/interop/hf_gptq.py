@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant._qarray import QArray
+from jaxquant.arrays._qarray import QArray
 from jaxquant.interop._linear import (
     FLOATS,
     Tensors,

@@ -13,9 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxquant._leaf import Leaf
-from jaxquant._mapped import contiguous
-from jaxquant._qarray import QArray
+from jaxquant.arrays._qarray import QArray
 from jaxquant.interop import bitsandbytes, compressed_tensors, hf_awq, hf_gptq
 from jaxquant.interop._json import read_json
 from jaxquant.interop._linear import FLOATS, Tensors
@@ -30,6 +28,8 @@ from jaxquant.interop.names import (
     missing_modules,
     table_of,
 )
+from jaxquant.storage._leaf import Leaf
+from jaxquant.storage._mapped import contiguous
 
 LISTED = 1000  # missing modules in a message; a config may claim any number of layers
 _LOGICAL = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}

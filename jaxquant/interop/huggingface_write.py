@@ -12,14 +12,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxquant._companions import copy_companions
-from jaxquant._outliers import OutlierArray
-from jaxquant._qarray import QArray
-from jaxquant._tree import named_leaves
+from jaxquant.arrays._outliers import OutlierArray
+from jaxquant.arrays._qarray import QArray
 from jaxquant.interop import compressed_tensors_write, hf_awq, hf_gptq
 from jaxquant.interop._parts import join_outputs, unstack_leaf
 from jaxquant.interop._safetensors import INDEX, SINGLE, Pending, write_file
 from jaxquant.interop.names import Module, find_path, suffix_name, table_of
+from jaxquant.parameters._tree import named_leaves
+from jaxquant.storage._companions import copy_companions
 
 Format = Literal["float", "gptq", "gptq_v2", "awq", "compressed-tensors"]
 FORMATS = Format.__args__

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant._qarray import QArray, codes_of, from_codes
-from jaxquant._qtypes import QTYPES
-from jaxquant._spec import QuantSpec, TensorSpec
+from jaxquant.arrays._qarray import QArray, codes_of, from_codes
+from jaxquant.arrays._qtypes import QTYPES
+from jaxquant.arrays._spec import QuantSpec, TensorSpec
 
 ACCEPTED = tuple(name for name, qtype in QTYPES.items() if qtype.bits <= 8 and qtype.kind != "uint" and name != "mxfp4")
 
@@ -61,7 +61,7 @@ def to_qwix(q: QArray, make: Callable[..., Any]) -> Any:
         ValueError: qwix has no place for something this array has.
 
     >>> import types
-    >>> from jaxquant._qarray import quantize_array
+    >>> from jaxquant.arrays._qarray import quantize_array
     >>> q = quantize_array(jnp.eye(16), QuantSpec(TensorSpec("uint4")))
     >>> to_qwix(q, types.SimpleNamespace).qvalue.dtype
     dtype(int4)

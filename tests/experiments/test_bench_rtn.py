@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.bench_rtn import HAND, measure
-from jaxquant._qarray import quantize_array
-from jaxquant._spec import PRESETS
+from jaxquant.arrays._qarray import quantize_array
+from jaxquant.arrays._spec import PRESETS
 
 
 @pytest.mark.parametrize("recipe", HAND)

@@ -7,7 +7,7 @@ import pytest
 
 import jaxquant as jq
 from experiments.kv_accuracy import WINDOW, eight_bits, hadamard, kivi, nf4, rounded_attention
-from jaxquant._qtypes import NF4_LEVELS
+from jaxquant.arrays._qtypes import NF4_LEVELS
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant._qarray import codes_of, dequantize_array, quantize_array
-from jaxquant._spec import PerBlock, PerGroup, PerTensor, QuantConfig, QuantSpec, TensorSpec
-from jaxquant._statistics import init_statistics, update_statistics
 from jaxquant.algorithms._apply import _quantize_form, quantize_weight
 from jaxquant.algorithms._descent import descend_codes, refit_scales
 from jaxquant.algorithms._factor import factor_upper, regularize
+from jaxquant.algorithms._statistics import init_statistics, update_statistics
 from jaxquant.algorithms._transform import chain, output_error
 from jaxquant.algorithms.compensation import compensate
 from jaxquant.algorithms.gptq import gptq
+from jaxquant.arrays._qarray import codes_of, dequantize_array, quantize_array
+from jaxquant.arrays._spec import PerBlock, PerGroup, PerTensor, QuantConfig, QuantSpec, TensorSpec
 
 PAPER = {"act_order": False, "scales": "static", "rounds": 0}
 

@@ -7,11 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant._outliers import OutlierArray, dequantize_outliers, split_activation
-from jaxquant._qarray import codes_of, dequantize_array, quantize_array
-from jaxquant._spec import PRESETS, PerGroup, QuantSpec, TensorSpec
-from jaxquant._statistics import init_statistics, update_statistics
 from jaxquant.algorithms._apply import quantize_weight
+from jaxquant.algorithms._statistics import init_statistics, update_statistics
 from jaxquant.algorithms._transform import WeightState, chain
 from jaxquant.algorithms.compensation import compensate
 from jaxquant.algorithms.gptq import gptq
@@ -25,6 +22,9 @@ from jaxquant.algorithms.learned_rounding import (
 )
 from jaxquant.algorithms.llm_int8 import llm_int8, salient
 from jaxquant.algorithms.rtn import apply_rtn, rtn
+from jaxquant.arrays._outliers import OutlierArray, dequantize_outliers, split_activation
+from jaxquant.arrays._qarray import codes_of, dequantize_array, quantize_array
+from jaxquant.arrays._spec import PRESETS, PerGroup, QuantSpec, TensorSpec
 
 W4 = QuantSpec(TensorSpec("int4", PerGroup(16)))
 W8 = PRESETS["w8a8"]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant._spec import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, TensorSpec
-from jaxquant._statistics import BINS, init_statistics, update_statistics
 from jaxquant.algorithms._apply import needed_statistics, quantize_weight
+from jaxquant.algorithms._statistics import BINS, init_statistics, update_statistics
 from jaxquant.algorithms.ranges import activation_scale, channel_scales, fake_quantize_activation, kl_threshold
 from jaxquant.algorithms.smoothquant import smoothquant
+from jaxquant.arrays._spec import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, TensorSpec
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 NEEDS = {"range", "moving_average", "histogram", "samples"}

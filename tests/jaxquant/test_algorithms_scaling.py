@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant._qarray import codes_of, dequantize_array, quantize_array
-from jaxquant._spec import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, TensorSpec
-from jaxquant._statistics import init_statistics, update_statistics
 from jaxquant.algorithms._apply import needed_statistics, quantize_weight
+from jaxquant.algorithms._statistics import init_statistics, update_statistics
 from jaxquant.algorithms._transform import WeightState, chain
 from jaxquant.algorithms.awq import awq
 from jaxquant.algorithms.gptq import gptq
 from jaxquant.algorithms.ranges import fake_quantize_activation
 from jaxquant.algorithms.smoothquant import smoothquant
+from jaxquant.arrays._qarray import codes_of, dequantize_array, quantize_array
+from jaxquant.arrays._spec import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, TensorSpec
 
 # the restricted grid puts no element on a tie, so that float32 and float64 round alike but for rare near-ties
 W4 = QuantSpec(TensorSpec("int4", PerGroup(16), grid="restricted"))

@@ -5,10 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant._matrix import from_matrix, grid_from_matrix, matrix_form, rows_from_matrix, rows_to_matrix, to_matrix
-from jaxquant._numerics import expand_grid, find_scale, grid_shape
-from jaxquant._spec import PerBlock, PerGroup, PerTensor, TensorSpec
-from jaxquant._statistics import (
+from jaxquant.algorithms._statistics import (
     BINS,
     MOMENTUM,
     NEEDS,
@@ -18,6 +15,16 @@ from jaxquant._statistics import (
     rescale_statistics,
     update_statistics,
 )
+from jaxquant.arrays._matrix import (
+    from_matrix,
+    grid_from_matrix,
+    matrix_form,
+    rows_from_matrix,
+    rows_to_matrix,
+    to_matrix,
+)
+from jaxquant.arrays._numerics import expand_grid, find_scale, grid_shape
+from jaxquant.arrays._spec import PerBlock, PerGroup, PerTensor, TensorSpec
 
 WITHOUT_RESIDUAL = set(NEEDS) - {"residual", "cross"}
 EPS = float(jnp.finfo(jnp.float32).eps)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant._allocate_bits import Option, convex_hull, spend, squared_change
-from jaxquant._spec import PRESETS
+from jaxquant.arrays._spec import PRESETS
+from jaxquant.calibration._allocate_bits import Option, convex_hull, spend, squared_change
 
 CHOICES = tuple(
     jq.QuantSpec(jq.TensorSpec(qtype, jq.PerGroup(16), scale_dtype="bfloat16"))

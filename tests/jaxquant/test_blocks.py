@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant._arguments import split_arguments
-from jaxquant._blocks import find_blocks
-from jaxquant._flat import flatten_program
-from jaxquant._observe import Watch
-from jaxquant._plan import plan_walk
 from jaxquant.algorithms import _block_rounding
+from jaxquant.calibration._blocks import find_blocks
+from jaxquant.calibration._observe import Watch
+from jaxquant.calibration._plan import plan_walk
+from jaxquant.tracing._arguments import split_arguments
+from jaxquant.tracing._flat import flatten_program
 
 WIDTH, HIDDEN, LAYERS = 16, 32, 2
 INT3 = jq.TensorSpec("int3", jq.PerGroup(16))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant._observe import Watch, patches
-from jaxquant._tracking import track
+from jaxquant.calibration._observe import Watch, patches
+from jaxquant.tracing._tracking import track
 
 SPEC = jq.QuantSpec(jq.TensorSpec("int4", jq.PerGroup(8)))
 CONFIG = jq.QuantConfig(rules=(jq.Rule(r"(?!.*bias).*", SPEC),), algorithm=jq.gptq())

@@ -17,12 +17,12 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxquant import _store
-from jaxquant._outliers import OutlierArray
-from jaxquant._qarray import QArray, dequantize_array, from_codes, quantize_array
-from jaxquant._qtypes import QTYPES
-from jaxquant._spec import PRESETS, PerTensor, QuantConfig, QuantSpec, Rule, TensorSpec
+from jaxquant.arrays._outliers import OutlierArray
+from jaxquant.arrays._qarray import QArray, dequantize_array, from_codes, quantize_array
+from jaxquant.arrays._qtypes import QTYPES
+from jaxquant.arrays._spec import PRESETS, PerTensor, QuantConfig, QuantSpec, Rule, TensorSpec
 from jaxquant.checkpoint import load, read_manifest, save
+from jaxquant.storage import _store
 
 
 def bits(leaf):
@@ -258,8 +258,8 @@ def test_placement(tmp_path):
     script = """
         import jax, jax.numpy as jnp, sys
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
-        from jaxquant._qarray import quantize_array
-        from jaxquant._spec import PRESETS
+        from jaxquant.arrays._qarray import quantize_array
+        from jaxquant.arrays._spec import PRESETS
         from jaxquant.checkpoint import load, save
         mesh = Mesh(jax.devices(), "x")
         columns, whole = NamedSharding(mesh, P(None, "x")), NamedSharding(mesh, P())

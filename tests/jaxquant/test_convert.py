@@ -16,19 +16,19 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-import jaxquant._journal
-import jaxquant._sources
 import jaxquant.conversion
+import jaxquant.storage._journal
+import jaxquant.storage._sources
 from jaxquant import QArray, QuantConfig, Rule, load, quantize, save
 from jaxquant.__main__ import main
-from jaxquant._resume import Finished
-from jaxquant._sources import open_source
 from jaxquant.algorithms.gptq import gptq
+from jaxquant.calibration._resume import Finished
 from jaxquant.checkpoint import read_manifest
 from jaxquant.conversion import convert, export
 from jaxquant.inspection import diff, inspect
 from jaxquant.interop import load_huggingface, save_huggingface
 from jaxquant.interop._safetensors import Pending, write_file
+from jaxquant.storage._sources import open_source
 
 D, H, LAYERS = 64, 96, 3
 CONFIG = {"model_type": "llama", "num_hidden_layers": LAYERS, "tie_word_embeddings": True, "dtype": "float32"}
@@ -162,7 +162,7 @@ def test_small_leaves_are_read_together_in_order_and_alone_out_of_it(tmp_path, m
     opened = []
     original = ocp.Checkpointer.restore
     monkeypatch.setattr(ocp.Checkpointer, "restore", lambda *a, **k: opened.append(0) or original(*a, **k))
-    monkeypatch.setattr(jaxquant._sources, "AHEAD_BYTES", 16 * 820 // 4)  # a quarter of all
+    monkeypatch.setattr(jaxquant.storage._sources, "AHEAD_BYTES", 16 * 820 // 4)  # a quarter of all
     source = open_source(tmp_path / "src")
     for leaf in source.leaves:
         np.testing.assert_array_equal(leaf.read(), tree[leaf.path])
@@ -263,11 +263,11 @@ def run_python(script, *args):
 
 KILLED = """
     import os, sys
-    import jaxquant._journal
+    import jaxquant.storage._journal
     import jaxquant.conversion
     from jaxquant import QuantConfig
 
-    jaxquant._journal.FLUSH_BYTES = 1
+    jaxquant.storage._journal.FLUSH_BYTES = 1
     left = int(sys.argv[3])
 
     def die_at_last(done, total, path):
@@ -301,7 +301,7 @@ def test_a_killed_conversion_leaves_nothing_and_goes_on(tmp_path, rng, monkeypat
 def test_a_journal_of_something_else_or_cut_short_is_not_trusted(tmp_path, rng, monkeypatch):
     params = random_params(rng)
     save(tmp_path / "float", params)
-    monkeypatch.setattr(jaxquant._journal, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(jaxquant.storage._journal, "FLUSH_BYTES", 1)
 
     def stop_at(count):
         def progress(done, total, path):
@@ -365,7 +365,10 @@ def test_memory_is_bounded_by_a_leaf(tmp_path):
     (tmp_path / "hf" / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": count}))
     done = run_python(MEASURED, tmp_path / "hf", tmp_path / "out")
     done.check_returncode()
-    assert int(done.stdout) < 2 * block.nbytes + 2 * jaxquant._journal.FLUSH_BYTES + 2 * jaxquant.conversion.SLICE_BYTES
+    assert (
+        int(done.stdout)
+        < 2 * block.nbytes + 2 * jaxquant.storage._journal.FLUSH_BYTES + 2 * jaxquant.conversion.SLICE_BYTES
+    )
     assert load(tmp_path / "out")["layers_7"]["mlp"]["up_proj"]["kernel"].shape == (rows, columns)
 
 

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from jaxquant._quantize import dequantize, quantize
-from jaxquant._quantized import explain, quantized
-from jaxquant._spec import QuantConfig, Rule
-from jaxquant._tree import is_quantized
+from jaxquant.arrays._spec import QuantConfig, Rule
+from jaxquant.parameters._tree import is_quantized
+from jaxquant.tracing._quantized import explain, quantized
 
 D, HEADS, BATCH, LENGTH = 32, 4, 2, 5
 

@@ -10,8 +10,8 @@ from flax import nnx
 from mamba2_jax import modeling
 
 from jaxquant._quantize import dequantize, quantize
-from jaxquant._quantized import explain, quantized
-from jaxquant._spec import QuantConfig
+from jaxquant.arrays._spec import QuantConfig
+from jaxquant.tracing._quantized import explain, quantized
 
 CONFIG = QuantConfig.preset("w4a16", group_size=16)
 

@@ -6,8 +6,8 @@ import pytest
 from flax import linen as nn
 
 from jaxquant._quantize import quantize
-from jaxquant._quantized import explain, quantized
-from jaxquant._spec import QuantConfig, Rule
+from jaxquant.arrays._spec import QuantConfig, Rule
+from jaxquant.tracing._quantized import explain, quantized
 
 CONFIG = QuantConfig(QuantConfig.preset("w4a16", group_size=16).default, skip=())
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jaxquant as jq
-from jaxquant._spec import PRESETS
+from jaxquant.arrays._spec import PRESETS
 
 
 class Model(nn.Module):

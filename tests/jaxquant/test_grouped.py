@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant._qarray import quantize_array
+from jaxquant.arrays._qarray import quantize_array
 
 E, K, N = 5, 128, 64
 SIZES = {"even": [4, 4, 4, 4, 4], "ragged": [1, 0, 7, 0, 9], "one expert": [0, 0, 17, 0, 0], "rest": [2, 0, 3, 0, 1]}

@@ -11,9 +11,9 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from jaxquant._qarray import QArray, dequantize_array
-from jaxquant._qtypes import get_qtype
-from jaxquant._spec import PerTensor, PerToken, TensorSpec
+from jaxquant.arrays._qarray import QArray, dequantize_array
+from jaxquant.arrays._qtypes import get_qtype
+from jaxquant.arrays._spec import PerTensor, PerToken, TensorSpec
 from jaxquant.interop import Module, from_qwix, load_huggingface, plan_huggingface, save_huggingface, to_qwix
 from jaxquant.interop._linear import make_linear
 from jaxquant.interop._words import from_storage, to_storage

@@ -6,8 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from jaxquant._qarray import QArray, dequantize_array
-from jaxquant._tree import named_leaves
+from jaxquant.arrays._qarray import QArray, dequantize_array
 from jaxquant.interop import (
     bitsandbytes,
     compressed_tensors,
@@ -18,6 +17,7 @@ from jaxquant.interop import (
     save_huggingface,
 )
 from jaxquant.interop._safetensors import read_header
+from jaxquant.parameters._tree import named_leaves
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "interop"
 CASES = {

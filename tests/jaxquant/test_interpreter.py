@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from jaxquant import _views
-from jaxquant._infer import infer_axes
-from jaxquant._interpreter import Frame, Interpreter, bind
-from jaxquant._qarray import dequantize_array, quantize_array
-from jaxquant._spec import PRESETS, PerGroup
-from jaxquant._views import Unrepresentable
+from jaxquant.arrays import _views
+from jaxquant.arrays._qarray import dequantize_array, quantize_array
+from jaxquant.arrays._spec import PRESETS, PerGroup
+from jaxquant.arrays._views import Unrepresentable
+from jaxquant.tracing._infer import infer_axes
+from jaxquant.tracing._interpreter import Frame, Interpreter, bind
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxquant._mapped import contiguous, forget_pages
+from jaxquant.storage._mapped import contiguous, forget_pages
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int8", "float16", ml_dtypes.bfloat16, "float32", "float64", "complex64"])

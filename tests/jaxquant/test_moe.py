@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant._moe import COMPARED, sort_by_expert
+from jaxquant.products._moe import COMPARED, sort_by_expert
 
 D, F = 32, 64
 ROUTINGS = {

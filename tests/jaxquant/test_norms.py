@@ -8,9 +8,9 @@ import pytest
 
 import jaxquant as jq
 from experiments.models.decoder import RMSNorm
-from jaxquant import _rows
-from jaxquant._interpreter import Frame, Region
-from jaxquant._norms import rms_norm_of
+from jaxquant.products import _rows
+from jaxquant.tracing._interpreter import Frame, Region
+from jaxquant.tracing._norms import rms_norm_of
 
 SIZE = 128
 

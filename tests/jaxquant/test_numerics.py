@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant._numerics import (
+from jaxquant.arrays._numerics import (
     ERROR_NORM,
     all_finite,
     decode,
@@ -23,8 +23,8 @@ from jaxquant._numerics import (
     reduce_cells,
     search_shrink,
 )
-from jaxquant._qtypes import QTYPES
-from jaxquant._spec import PRESETS, PerBlock, PerChannel, PerGroup, PerTensor, TensorSpec
+from jaxquant.arrays._qtypes import QTYPES
+from jaxquant.arrays._spec import PRESETS, PerBlock, PerChannel, PerGroup, PerTensor, TensorSpec
 
 TINY = float(np.finfo(np.float32).tiny)
 SHAPE, AXIS = (64, 24), (-2,)

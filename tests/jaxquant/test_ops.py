@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant._grouped import ragged_dot
-from jaxquant._lookup import take
-from jaxquant._ops import dot_general
-from jaxquant._qarray import QArray, dequantize_array, from_codes, quantize_array
-from jaxquant._quantized import einsum
-from jaxquant._spec import PRESETS, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, TensorSpec
+from jaxquant.arrays._qarray import QArray, dequantize_array, from_codes, quantize_array
+from jaxquant.arrays._spec import PRESETS, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, TensorSpec
+from jaxquant.products._grouped import ragged_dot
+from jaxquant.products._lookup import take
+from jaxquant.products._ops import dot_general
+from jaxquant.tracing._quantized import einsum
 
 
 def weight(rng, shape, spec, axis=-2):
@@ -165,7 +165,7 @@ def test_pre_scale_and_input_order(rng, act):
 
 def from_like(q, **leaves):
     """A QArray with other leaves, through the builder that gives them the weight's rank."""
-    from jaxquant._qarray import codes_of
+    from jaxquant.arrays._qarray import codes_of
 
     spec = QuantSpec(TensorSpec(q.qtype), q.activation)
     return from_codes(codes_of(q), q.scale, q.zero_point, spec, q.axis, q.shape, q.dtype, **leaves)

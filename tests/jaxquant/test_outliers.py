@@ -5,23 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import _ops, _views
-from jaxquant._outliers import OutlierArray, dequantize_outliers, view_weight
-from jaxquant._pack_for import pack_for
 from jaxquant._quantize import dequantize, quantize
-from jaxquant._quantized import explain, quantized
-from jaxquant._report import Report
-from jaxquant._spec import PRESETS, PerGroup, QuantConfig, QuantSpec, TensorSpec
-from jaxquant._statistics import init_statistics, update_statistics
-from jaxquant._summary import summary
-from jaxquant._tree import named_leaves
-from jaxquant._views import Unrepresentable
 from jaxquant.algorithms._apply import quantize_weight
+from jaxquant.algorithms._statistics import init_statistics, update_statistics
 from jaxquant.algorithms._transform import chain
 from jaxquant.algorithms.llm_int8 import llm_int8, salient
 from jaxquant.algorithms.smoothquant import smoothquant
+from jaxquant.arrays import _views
+from jaxquant.arrays._outliers import OutlierArray, dequantize_outliers, view_weight
+from jaxquant.arrays._spec import PRESETS, PerGroup, QuantConfig, QuantSpec, TensorSpec
+from jaxquant.arrays._views import Unrepresentable
+from jaxquant.calibration._report import Report
 from jaxquant.checkpoint import load, save
 from jaxquant.interop.huggingface_write import save_huggingface
+from jaxquant.parameters._pack_for import pack_for
+from jaxquant.parameters._summary import summary
+from jaxquant.parameters._tree import named_leaves
+from jaxquant.products import _ops
+from jaxquant.tracing._quantized import explain, quantized
 
 W4 = QuantSpec(TensorSpec("int4", PerGroup(16)))
 W8 = PRESETS["w8a8"]

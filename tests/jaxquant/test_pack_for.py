@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant._qarray import quantize_array
-from jaxquant._spec import PerGroup, TensorSpec
+from jaxquant.arrays._qarray import quantize_array
+from jaxquant.arrays._spec import PerGroup, TensorSpec
 
 
 @pytest.fixture

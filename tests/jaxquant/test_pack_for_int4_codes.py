@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxquant as jq
-from jaxquant._qarray import quantize_array
-from jaxquant._spec import PRESETS, PerGroup, PerToken, QuantSpec, TensorSpec
+from jaxquant.arrays._qarray import quantize_array
+from jaxquant.arrays._spec import PRESETS, PerGroup, PerToken, QuantSpec, TensorSpec
 
 FP8 = QuantSpec(TensorSpec("int4", PerGroup(64)), TensorSpec("float8_e4m3fn", PerToken()))
 STATIC = QuantSpec(TensorSpec("int4", PerGroup(64)), TensorSpec("int8", PerToken(), static=True))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxquant as jq
-from jaxquant._qarray import quantize_array
-from jaxquant._spec import PRESETS, PerBlock, PerGroup, PerTensor, PerToken, QuantSpec, TensorSpec
+from jaxquant.arrays._qarray import quantize_array
+from jaxquant.arrays._spec import PRESETS, PerBlock, PerGroup, PerTensor, PerToken, QuantSpec, TensorSpec
 
 BLOCKS = [
     QuantSpec(TensorSpec(qtype, PerBlock((128, 128))), TensorSpec(qtype, PerGroup(128)))

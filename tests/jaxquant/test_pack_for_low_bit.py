@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxquant as jq
-from jaxquant._qarray import quantize_array
-from jaxquant._spec import PRESETS, PerGroup, QuantSpec, TensorSpec
+from jaxquant.arrays._qarray import quantize_array
+from jaxquant.arrays._spec import PRESETS, PerGroup, QuantSpec, TensorSpec
 
 SPECS = {name: PRESETS[name] for name in ("w8a16", "w3a16", "w3a16-asym", "w2a16", "nf4")} | {
     "fp8": QuantSpec(TensorSpec("float8_e4m3fn")),

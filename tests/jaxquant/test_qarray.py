@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant._qarray import QArray, codes_of, dequantize_array, from_codes, pack_padded, quantize_array
-from jaxquant._qtypes import QTYPES
-from jaxquant._spec import PRESETS, PerBlock, PerChannel, PerGroup, PerTensor, QuantSpec, TensorSpec
+from jaxquant.arrays._qarray import QArray, codes_of, dequantize_array, from_codes, pack_padded, quantize_array
+from jaxquant.arrays._qtypes import QTYPES
+from jaxquant.arrays._spec import PRESETS, PerBlock, PerChannel, PerGroup, PerTensor, QuantSpec, TensorSpec
 
 W4 = QuantSpec(TensorSpec("int4", PerGroup(16), scale_dtype="bfloat16"))
 UINT4 = QuantSpec(TensorSpec("uint4", PerGroup(16)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant._qtypes import QTYPES, QType, decode_codes, encode_values, get_qtype, pack_codes, unpack_codes
+from jaxquant.arrays._qtypes import QTYPES, QType, decode_codes, encode_values, get_qtype, pack_codes, unpack_codes
 
 PACKED = [qtype for qtype in QTYPES.values() if qtype.packed]
 WIDE = [qtype for qtype in QTYPES.values() if not qtype.packed]

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
-from jaxquant._tree import named_leaves
+from jaxquant.parameters._tree import named_leaves
 
 SPEC = jq.QuantSpec(jq.TensorSpec("int4", jq.PerGroup(16)))
 GPTQ = jq.QuantConfig(SPEC, algorithm=jq.gptq())

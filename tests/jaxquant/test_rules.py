@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxquant._qarray import quantize_array
-from jaxquant._rules import assign, conventional_axis
-from jaxquant._spec import PRESETS, QuantConfig, Rule
+from jaxquant.arrays._qarray import quantize_array
+from jaxquant.arrays._spec import PRESETS, QuantConfig, Rule
+from jaxquant.parameters._rules import assign, conventional_axis
 
 W8, W4 = PRESETS["w8a16"], PRESETS["w4a16"]
 MATRIX = jax.ShapeDtypeStruct((256, 64), jnp.float32)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant._siblings import in_steps
+from jaxquant.tracing._siblings import in_steps
 
 
 @pytest.fixture

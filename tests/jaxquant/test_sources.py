@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import jaxquant._sources
 import jaxquant.conversion
+import jaxquant.storage._sources
 from jaxquant import QuantConfig, load, quantize, save
-from jaxquant._chunks import Chunks, open_chunks
-from jaxquant._sources import open_source, read_leaf
 from jaxquant.conversion import convert
+from jaxquant.storage._chunks import Chunks, open_chunks
+from jaxquant.storage._sources import open_source, read_leaf
 
 TREE = {"layer": {"kernel": np.arange(24, dtype=np.float32).reshape(4, 6)}, "list": [np.ones(2, np.float16), {}]}
 LISTED = {"layer/kernel": TREE["layer"]["kernel"], "list/0": TREE["list"][0]}
@@ -95,7 +95,7 @@ def test_names_cannot_lead_out_of_the_folder(tmp_path, form):
 
 @pytest.fixture
 def large(monkeypatch):
-    monkeypatch.setattr(jaxquant._sources, "AHEAD_BYTES", 16)
+    monkeypatch.setattr(jaxquant.storage._sources, "AHEAD_BYTES", 16)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_large_weight_is_quantized_without_being_whole_in_memory(tmp_path, lar
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(tmp_path / "src", tree)
     monkeypatch.setattr(jaxquant.conversion, "SLICE_BYTES", 256 * 4 * 7)  # four slices
-    monkeypatch.setattr(jaxquant._sources._Ahead, "take", lambda *_: pytest.fail("read whole"))
+    monkeypatch.setattr(jaxquant.storage._sources._Ahead, "take", lambda *_: pytest.fail("read whole"))
     config = QuantConfig.preset("w4a16")
     convert(tmp_path / "src", tmp_path / "out", config)
     got, want = (jax.tree.leaves(params) for params in (load(tmp_path / "out"), quantize(tree, config)))

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from jaxquant._qtypes import QTYPES
-from jaxquant._spec import (
+from jaxquant.arrays._qtypes import QTYPES
+from jaxquant.arrays._spec import (
     PRESETS,
     PerBlock,
     PerChannel,

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxquant._qarray import quantize_array
-from jaxquant._spec import PRESETS
-from jaxquant._tree import is_quantized, key_name, map_named, named_leaves, nearest_paths, path_name
+from jaxquant.arrays._qarray import quantize_array
+from jaxquant.arrays._spec import PRESETS
+from jaxquant.parameters._tree import is_quantized, key_name, map_named, named_leaves, nearest_paths, path_name
 
 
 @jax.tree_util.register_dataclass

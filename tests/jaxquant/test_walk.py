@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant._arguments import split_arguments
-from jaxquant._flat import flatten_program
-from jaxquant._lazy import LazyArray
-from jaxquant._observe import Watch
-from jaxquant._plan import plan_walk
-from jaxquant._qarray import dequantize_array, quantize_array
-from jaxquant._sequential import walk_model
-from jaxquant._walk import Inputs, Walk
+from jaxquant.arrays._qarray import dequantize_array, quantize_array
+from jaxquant.calibration._observe import Watch
+from jaxquant.calibration._plan import plan_walk
+from jaxquant.calibration._sequential import walk_model
+from jaxquant.calibration._walk import Inputs, Walk
+from jaxquant.parameters._lazy import LazyArray
+from jaxquant.tracing._arguments import split_arguments
+from jaxquant.tracing._flat import flatten_program
 
 SPEC = jq.QuantSpec(jq.TensorSpec("int4"))
 

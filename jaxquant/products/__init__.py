@@ -1,0 +1,1 @@
+"""Products of activations with quantized weights, by a kernel or by XLA."""

@@ -1,0 +1,1 @@
+"""Programs of unmodified models: traced, read, and evaluated on quantized weights."""
