@@ -165,7 +165,7 @@ def merge_rows(path: pathlib.Path, others: Iterable[pathlib.Path]) -> None:
     write_rows(path, rows)
 
 
-def paired(ours: dict[str, Any], peer: dict[str, Any]) -> tuple[list[str], np.ndarray]:
+def paired(ours: dict[str, Any], peer: dict[str, Any]) -> np.ndarray:
     """The KL of both sides, sequence by sequence, over the draws that both have.
 
     What needs no calibration has one draw, which then stands for all.
@@ -175,32 +175,30 @@ def paired(ours: dict[str, Any], peer: dict[str, Any]) -> tuple[list[str], np.nd
         peer: a row.
 
     Returns:
-        (the draws, float64 [2, sequences]).
+        float64 [2, draws, sequences].
     """
     sides = (ours, peer)
     of_calibrated = [set(row["draws"]) for row in sides if row["calibrated"]]
     draws = sorted(set.intersection(*of_calibrated)) if of_calibrated else ["0"]
-    used = [draws if row["calibrated"] else ["0"] for row in sides]
-    return draws, np.array(
-        [
-            np.mean([row["draws"][draw]["sequences"] for draw in chosen], axis=0)
-            for row, chosen in zip(sides, used, strict=True)
-        ]
+    used = [draws if row["calibrated"] else ["0"] * len(draws) for row in sides]
+    return np.array(
+        [[row["draws"][draw]["sequences"] for draw in chosen] for row, chosen in zip(sides, used, strict=True)]
     )
 
 
 def ratio_of(kl: np.ndarray) -> tuple[float, float, float]:
-    """The ratio of mean KL, ours over theirs, with a 95 % interval of a paired bootstrap over sequences.
+    """The ratio of mean KL, ours over theirs, with a 95 % interval of a paired bootstrap over draws and sequences.
 
     Args:
-        kl: [2, sequences] of `paired`.
+        kl: [2, draws, sequences] of `paired`.
 
     Returns:
         (ratio, low, high).
     """
-    count = kl.shape[1]
-    chosen = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-    ours, theirs = kl[:, chosen].mean(2)
+    _, draws, sequences = kl.shape
+    rng = np.random.default_rng(0)
+    chosen = rng.integers(0, draws, (RESAMPLES, draws, 1)), rng.integers(0, sequences, (RESAMPLES, 1, sequences))
+    ours, theirs = kl[:, *chosen].mean((2, 3))
     low, high = np.quantile(ours / theirs, (0.025, 0.975))
     return float(kl[0].mean() / kl[1].mean()), float(low), float(high)
 
@@ -213,12 +211,12 @@ def comparison_table(rows: dict[str, Any]) -> str:
     ]
     for bar in BARS:
         if bar.ours in rows and bar.peer in rows:
-            draws, kl = paired(rows[bar.ours], rows[bar.peer])
+            kl = paired(rows[bar.ours], rows[bar.peer])
             ratio, low, high = ratio_of(kl)
             names = (bar.ours, bar.peer)
-            sides = [f"{n} | {rows[n]['bits']:.3f} | {k:.3g}" for n, k in zip(names, kl.mean(1), strict=True)]
+            sides = [f"{n} | {rows[n]['bits']:.3f} | {k:.3g}" for n, k in zip(names, kl.mean((1, 2)), strict=True)]
             aim = f"{bar.limit:.2f}: {'met' if ratio <= bar.limit else 'missed'}"
-            lines.append(f"| {' | '.join(sides)} | {len(draws)} | {ratio:.3f} ({low:.3f} to {high:.3f}) | {aim} |")
+            lines.append(f"| {' | '.join(sides)} | {kl.shape[1]} | {ratio:.3f} ({low:.3f} to {high:.3f}) | {aim} |")
     return "\n".join(lines)
 
 

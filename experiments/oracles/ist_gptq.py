@@ -1,8 +1,9 @@
 """GPTQ as its authors' reference code computes it, rewritten in short for Llama-family blocks (PyTorch).
 
 After IST-DASLab/gptq (Apache License 2.0; `gptq.py`, `quant.py`, `llama.py`), by Elias Frantar and others: names, order
-of operations and constants are theirs. `ist_gptq` follows its `llama.py`: block after block, inputs from the quantized
-blocks before it, all linear layers of a block at once (no `--true-sequential`), damping 0.01, blocks of 128 columns.
+of operations and constants are theirs (`check_ist_gptq.py` holds both side by side). `ist_gptq` follows its `llama.py`:
+block after block, inputs from the quantized blocks before it, all linear layers of a block at once unless
+`true_sequential`, damping 0.01, blocks of 128 columns.
 """
 
 import copy
@@ -13,6 +14,7 @@ import torch
 BLOCK = 128
 DAMPING = 0.01
 NORM, STEPS, SHRINK = 2.4, 100, 0.8  # of the search for ranges
+STAGES = (("k_proj", "v_proj", "q_proj"), ("o_proj",), ("up_proj", "gate_proj"), ("down_proj",))
 
 
 class Quantizer:
@@ -66,7 +68,7 @@ class GPTQ:
         x = math.sqrt(2 / self.nsamples) * inputs.reshape(-1, inputs.shape[-1]).float()
         self.H += x.T @ x
 
-    def fasterquant(self, quantizer, groupsize, actorder, static_groups):
+    def fasterquant(self, quantizer, groupsize=128, actorder=False, static_groups=False):
         W, H = self.layer.weight.data.clone().float(), self.H
         columns = W.shape[1]
         dead = torch.diag(H) == 0
@@ -99,7 +101,7 @@ class GPTQ:
 
 
 @torch.no_grad()
-def ist_gptq(model, calibration, *, bits, sym, groupsize=128, actorder=False, static_groups=False, mse=False):
+def ist_gptq(model, calibration, *, bits, sym, mse=False, true_sequential=False, **flags):
     """Rounds a Llama-family model's block weights in place; `calibration` is int64 [sequences, T]."""
     layers, entries = model.model.layers, []
     catcher = layers[0].register_forward_pre_hook(
@@ -110,16 +112,20 @@ def ist_gptq(model, calibration, *, bits, sym, groupsize=128, actorder=False, st
     catcher.remove()
     inputs = [hidden for hidden, _ in entries]
     for layer in layers:
-        linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
-        solvers = [GPTQ(linear) for linear in linears]
-        hooks = [
-            linear.register_forward_hook(lambda module, args, out, solver=solver: solver.add_batch(args[0]))
-            for linear, solver in zip(linears, solvers, strict=True)
-        ]
-        for hidden, (_, kwargs) in zip(inputs, entries, strict=True):
-            layer(hidden, **kwargs)
-        for hook in hooks:
-            hook.remove()
-        for solver in solvers:
-            solver.fasterquant(Quantizer(bits, sym, mse), groupsize, actorder, static_groups)
-        inputs = [layer(hidden, **kwargs) for hidden, (_, kwargs) in zip(inputs, entries, strict=True)]
+
+        def run(inputs, layer=layer):
+            return [layer(hidden, **kwargs) for hidden, (_, kwargs) in zip(inputs, entries, strict=True)]
+
+        linears = {name.rsplit(".", 1)[-1]: m for name, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+        for names in STAGES if true_sequential else (linears,):
+            solvers = [GPTQ(linears[name]) for name in names]
+            hooks = [
+                solver.layer.register_forward_hook(lambda module, args, out, solver=solver: solver.add_batch(args[0]))
+                for solver in solvers
+            ]
+            run(inputs)
+            for hook in hooks:
+                hook.remove()
+            for solver in solvers:
+                solver.fasterquant(Quantizer(bits, sym, mse), **flags)
+        inputs = run(inputs)

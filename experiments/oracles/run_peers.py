@@ -11,6 +11,7 @@ its codes stand for, or, where activations are quantized too, the float32 logits
 import functools
 import importlib.metadata
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -84,12 +85,12 @@ def weight_args(bits, sym, **given):
     return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
 
 
-def run_llmcompressor_gptq(folder, calibration, bits, sym):
+def run_llmcompressor_gptq(folder, calibration, bits, sym, **given):
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    recipe = GPTQModifier(**weight_args(bits, sym, actorder="weight"), dampening_frac=0.01)
+    recipe = GPTQModifier(**weight_args(bits, sym, actorder="weight", **given), dampening_frac=0.01)
     model = dequantized(oneshot(folder, calibration, recipe))
-    return model, group_bits(bits, sym), {"actorder": "weight", "dampening_frac": 0.01, "block_size": 128}
+    return model, group_bits(bits, sym), {"actorder": "weight", "dampening_frac": 0.01, "block_size": 128, **given}
 
 
 def run_llmcompressor_awq(folder, calibration, bits, sym):
@@ -114,20 +115,21 @@ def run_llmcompressor_w8a8(folder, calibration, strength=None):
 
 
 def run_gptqmodel(folder, calibration, bits, sym, **flags):
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.6.0 asks for two and gives one where there are two cores
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     given = QuantizeConfig(bits=bits, group_size=GROUP, sym=sym, device="cpu", offload_to_disk=False, **flags)
-    wrapped = GPTQModel.load(str(folder), given)
+    wrapped = GPTQModel.load(str(folder), given, dtype=torch.float32)
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in calibration]
     wrapped.quantize(rows, batch_size=1)
     with tempfile.TemporaryDirectory() as scratch:
         wrapped.save(scratch)
-        packed = dict(GPTQModel.load(scratch, backend=BACKEND.TORCH, device="cpu").model.named_modules())
+        saved = GPTQModel.load(scratch, backend=BACKEND.TORCH, device="cpu", dtype=torch.float32)
+        packed = dict(saved.model.named_modules())
     model = load(folder)
     for name, module in linears(model).items():
         module.weight.data = packed[name].dequantize_weight().T.float().contiguous()
-    kept = ("desc_act", "act_group_aware", "damp_percent", "damp_auto_increment", "mse", "true_sequential")
-    return model, group_bits(bits, sym), {key: getattr(given, key) for key in kept}
+    return model, group_bits(bits, sym), {"damp_auto_increment": given.damp_auto_increment, **flags}
 
 
 def run_autoround(folder, calibration, bits, sym):
@@ -186,15 +188,21 @@ def run_torchao_int4(folder, calibration):
 
 
 IST_BEST = {"actorder": True, "static_groups": True, "mse": True}
+GPTQMODEL = {"desc_act": True, "act_group_aware": False, "damp_percent": 0.01}  # 0.05 is its default
+GPTQMODEL_BEST = {**GPTQMODEL, "static_groups": True, "mse": 2.4}
+LLM_COMPRESSOR = ["llmcompressor", "compressed-tensors", "torch"]
 BY_FORMAT = {
     "ist-gptq": (run_ist, {}, ["torch"]),
     "ist-gptq-best": (run_ist, IST_BEST, ["torch"]),
-    "llmcompressor-gptq": (run_llmcompressor_gptq, {}, ["llmcompressor", "compressed-tensors", "torch"]),
-    "llmcompressor-awq": (run_llmcompressor_awq, {}, ["llmcompressor", "compressed-tensors", "torch"]),
-    "gptqmodel": (run_gptqmodel, {}, ["gptqmodel", "torch"]),
+    "ist-gptq-sequential": (run_ist, {**IST_BEST, "true_sequential": True}, ["torch"]),
+    "llmcompressor-gptq": (run_llmcompressor_gptq, {}, LLM_COMPRESSOR),
+    "llmcompressor-gptq-mse": (run_llmcompressor_gptq, {"observer": "memoryless_mse"}, LLM_COMPRESSOR),
+    "llmcompressor-awq": (run_llmcompressor_awq, {}, LLM_COMPRESSOR),
+    "gptqmodel": (run_gptqmodel, GPTQMODEL, ["gptqmodel", "torch"]),
+    "gptqmodel-best": (run_gptqmodel, GPTQMODEL_BEST, ["gptqmodel", "torch"]),
+    "gptqmodel-gptaq": (run_gptqmodel, {**GPTQMODEL_BEST, "gptaq": {"alpha": 0.25}}, ["gptqmodel", "torch"]),
     "autoround": (run_autoround, {}, ["auto-round", "torch"]),
 }
-LLM_COMPRESSOR = ["llmcompressor", "compressed-tensors", "torch"]
 CALIBRATED = {
     f"{name}-{form}": (functools.partial(run, bits=bits, sym=sym, **flags), packages)
     for name, (run, flags, packages) in BY_FORMAT.items()
@@ -258,8 +266,7 @@ def save(state, folder, target):
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    with safe_open(folder / "model.safetensors", "pt") as checkpoint:
-        names = list(checkpoint.keys())
+    names = [name for shard in folder.glob("*.safetensors") for name in safe_open(shard, "pt").keys()]  # noqa: SIM118
     save_file({name: state[name].float().contiguous() for name in names}, target / "model.safetensors")
     shutil.copy(folder / "config.json", target)
 

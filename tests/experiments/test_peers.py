@@ -44,28 +44,33 @@ def test_meter_agrees_with_evaluate_for_weights_and_for_logits(rng, tmp_path):
 
 
 def compare(ours, peer):
-    return peers.ratio_of(peers.paired(ours, peer)[1])
+    return peers.ratio_of(peers.paired(ours, peer))
 
 
 def test_ratio_and_interval(rng):
     kl = rng.uniform(1, 2, (3, 40))
     assert compare(row(*kl), row(*kl)) == (1.0, 1.0, 1.0)
     np.testing.assert_allclose(compare(row(*(kl / 2)), row(*kl)), 0.5, rtol=1e-12)
-    ratio, low, high = compare(row(*kl), row(*rng.uniform(1, 2, (3, 40))))
+    ratio, low, high = compare(row(kl[0]), row(rng.uniform(1, 2, 40)))
     assert low < ratio < high
-    # a mean of three uniforms on [1, 2] spreads by 0.17, the mean of 40 such by 0.026 and the ratio of two by 0.025: an
-    # interval 0.1 wide, which a bootstrap of 40 values knows to a half and better
-    assert 0.05 < high - low < 0.15
+    # a uniform on [1, 2] spreads by 0.29, the mean of 40 such by 0.046 and the ratio of two by 0.043: an interval 0.17
+    # wide, which a bootstrap of 40 values knows to a half and better
+    assert 0.08 < high - low < 0.26
+
+
+def test_interval_tells_how_draws_differ(rng):
+    kl = rng.uniform(1, 2, 40)
+    ratio, low, high = compare(row(0.9 * kl, kl, 1.1 * kl), row(kl, kl, kl))
+    np.testing.assert_allclose(ratio, 1, rtol=1e-12)
+    # a mean of three draws of {0.9, 1, 1.1} is 0.9 or 1.1 with a chance of 1/27, beyond the 0.025 that is cut off
+    np.testing.assert_allclose((low, high), (0.9, 1.1), rtol=1e-12)
 
 
 def test_draws_that_both_have_count(rng):
     kl = rng.uniform(1, 2, (3, 10))
-    draws, means = peers.paired(row(*kl), row(kl[0]))
-    assert draws == ["0"]
-    np.testing.assert_array_equal(means, [kl[0], kl[0]])
-    draws, means = peers.paired(row(*kl), row(kl[0], calibrated=False))
-    assert draws == ["0", "1", "2"]
-    np.testing.assert_allclose(means, [kl.mean(0), kl[0]])
+    np.testing.assert_array_equal(peers.paired(row(*kl), row(kl[0])), [kl[:1], kl[:1]])
+    np.testing.assert_array_equal(peers.paired(row(*kl), row(kl[0], calibrated=False)), [kl, [kl[0]] * 3])
+    np.testing.assert_array_equal(peers.paired(row(kl[0]), row(*kl)), [kl[:1], kl[:1]])
 
 
 def test_rows_come_back_as_written(tmp_path):
