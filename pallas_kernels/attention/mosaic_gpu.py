@@ -13,8 +13,10 @@ tile, not the products, are what limit the kernel:
   FMA that adds it: two-level accumulation (the tensor cores keep about 14 bits for fp8) costs nothing.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,7 @@ from pallas_kernels.attention.quantize import (
     Values,
 )
 from pallas_kernels.attention.quantize_mosaic_gpu import round_in_place
-from pallas_kernels.attention.reference import MODES, Window
+from pallas_kernels.attention.reference import MODES, Mode, Window
 from pallas_kernels.attention.registers import (
     MAGIC,
     MAGIC_BITS,
@@ -49,9 +51,10 @@ from pallas_kernels.attention.registers import (
     sum_of_own_columns,
     sum_of_parts,
 )
+from pallas_kernels.attention.tiles import key_tiles, visible_columns
 
 LOWEST_MAXIMUM = -1e30  # finite, so that a row of masked scores gives weights of 0 and not NaN
-UNBOUNDED = 1 << 29
+REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # of a thread that computes or copies, by computing warpgroups
 
 
 def quantized_attention(
@@ -82,218 +85,261 @@ def quantized_attention(
     Returns:
         [B, T, N, H] in q's dtype.
     """
-    batch, tokens, heads, head_dim = q.shape
-    body = functools.partial(
-        _kernel, mode=mode, tokens=tokens, kv_tokens=kv_tokens, window=window, scale=scale, config=config
-    )
-    operands = [q, keys.codes, keys.scale, *(values if isinstance(values, Values) else (values,)), *(lengths or ())]
-    groups, rows = config.warpgroups, config.warpgroups * ROWS
-    value_dtype = operands[3].dtype
-    value_tile = (config.block_kv, head_dim) if MODES[mode].values is None else (head_dim, config.block_kv)
-    barriers = functools.partial(plgpu.Barrier, num_barriers=config.stages)
+    batch, tokens, heads, _ = q.shape
+    plan = _Plan(MODES[mode], tokens, kv_tokens, window, scale, config)
+    quantized_values = isinstance(values, Values)
+    operands = [q, keys.codes, keys.scale, *(values if quantized_values else (values,)), *(lengths or ())]
+
+    def body(*refs):
+        q, k, k_scale, v, *others = refs[: len(operands)]
+        v_scale = others.pop(0) if quantized_values else None
+        out, *scratch = refs[len(operands) :]
+        _kernel(plan, _Refs(q, k, k_scale, v, v_scale, tuple(others), out), _Shared(*scratch))
+
     call = plgpu.kernel(
-        lambda *refs: body(refs[: len(operands)], *refs[len(operands) :]),
+        body,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_types=[
-            tiled((groups, ROWS, head_dim), q.dtype),
-            tiled((groups, ROWS, head_dim), keys.codes.dtype),
-            tiled((config.stages, config.block_kv, head_dim), keys.codes.dtype),
-            tiled((config.stages, *value_tile), value_dtype),
-            plgpu.Barrier(num_barriers=groups),
-            barriers(),
-            barriers(),
-            barriers(num_arrivals=groups),
-            barriers(num_arrivals=groups),
-            plgpu.Barrier(num_arrivals=groups),
-        ],
-        grid=(heads, batch, pl.cdiv(tokens, rows)),
+        scratch_types=_scratch(plan, operands),
+        grid=(heads, batch, pl.cdiv(tokens, plan.rows)),
         grid_names=("head", "batch", "query_tile"),
-        num_threads=groups + 1,
+        num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     return call(*operands)
 
 
-def _kernel(
-    operands,
-    out_ref,
-    q_smem,
-    codes_smem,
-    k_smem,
-    v_smem,
-    q_ready,
-    k_ready,
-    v_ready,
-    k_free,
-    v_free,
-    turn,
-    *,
-    mode: str,
-    tokens: int,
-    kv_tokens: int,
-    window: Window,
-    scale: float,
-    config: Config,
-):
-    """One block: 64 * warpgroups queries of one head."""
-    q_ref, k_ref, k_scale_ref, v_ref, *rest = operands
-    scores_dtype, values_dtype = MODES[mode]
-    v_scale_ref = None if values_dtype is None else rest.pop(0)
-    block, stages, groups = config.block_kv, config.stages, config.warpgroups
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
-    kv_head = lax.div(head, jnp.int32(q_ref.shape[2] // k_ref.shape[1]))
-    # The last queries of a causal head see the most keys: longest first fills the machine best.
-    query_tile = lax.axis_size("query_tile") - 1 - lax.axis_index("query_tile")
-    first_query = query_tile * (groups * ROWS)
-    q_length, kv_length = (ref[batch] for ref in rest) if rest else (jnp.int32(tokens), jnp.int32(kv_tokens))
-    begin, full_begin, full_end, end = _key_tiles(
-        first_query, groups * ROWS, q_length, kv_length, window, block, aligned=not rest and kv_tokens % block == 0
+def _scratch(plan: "_Plan", operands: list[jax.Array]) -> "_Shared":
+    """The types of the shared memory of one block."""
+    q, k, _, v, *_ = operands
+    config, head_dim = plan.config, q.shape[3]
+    groups, block, stages = config.warpgroups, config.block_kv, config.stages
+    barriers = functools.partial(plgpu.Barrier, num_barriers=stages)
+    return _Shared(
+        q=tiled((groups, ROWS, head_dim), q.dtype),
+        codes=tiled((groups, ROWS, head_dim), k.dtype),
+        k=tiled((stages, block, head_dim), k.dtype),
+        v=tiled((stages, *((block, head_dim) if plan.float_values else (head_dim, block))), v.dtype),
+        q_ready=plgpu.Barrier(num_barriers=groups),
+        k_ready=barriers(),
+        v_ready=barriers(),
+        k_free=barriers(num_arrivals=groups),
+        v_free=barriers(num_arrivals=groups),
+        turn=plgpu.Barrier(num_arrivals=groups),
     )
-    group = lax.axis_index("warpgroup")
-    offset = MAGIC if scores_dtype == INT8 else 0.0
+
+
+class _Shared(NamedTuple):
+    """Shared memory and barriers of one block, in the order in which they are allocated."""
+
+    q: Any  # queries as they come, outputs as they go
+    codes: Any
+    k: Any
+    v: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+
+
+class _Refs(NamedTuple):
+    """The operands in global memory; v_scale is None for float values, lengths empty where there are none."""
+
+    q: Any
+    k: Any
+    k_scale: Any
+    v: Any
+    v_scale: Any
+    lengths: tuple
+    out: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The static part of a launch."""
+
+    mode: Mode
+    tokens: int
+    kv_tokens: int
+    window: Window
+    scale: float
+    config: Config
+
+    @property
+    def rows(self) -> int:
+        """Queries of a block."""
+        return self.config.warpgroups * ROWS
+
+    @property
+    def float_values(self) -> bool:
+        """Whether P V is computed in V's own format."""
+        return self.mode.values is None
+
+    @property
+    def offset(self) -> float:
+        """How much larger than the products of codes the scores are."""
+        return MAGIC if self.mode.scores == INT8 else 0.0
+
+
+class _Block:
+    """What one block computes: 64 queries of one head for each consumer warpgroup."""
+
+    def __init__(self, plan: _Plan, refs: _Refs):
+        self.batch, self.head = lax.axis_index("batch"), lax.axis_index("head")
+        self.kv_head = lax.div(self.head, jnp.int32(refs.q.shape[2] // refs.k.shape[1]))
+        # The last queries of a causal head see the most keys: longest first fills the machine best.
+        query_tile = lax.axis_size("query_tile") - 1 - lax.axis_index("query_tile")
+        self.first_query = query_tile * plan.rows
+        every = jnp.int32(plan.tokens), jnp.int32(plan.kv_tokens)
+        self.q_length, self.kv_length = (ref[self.batch] for ref in refs.lengths) if refs.lengths else every
+        block = plan.config.block_kv
+        aligned = not refs.lengths and plan.kv_tokens % block == 0
+        self.tiles = key_tiles(
+            self.first_query, plan.rows, self.q_length, self.kv_length, plan.window, block, aligned=aligned
+        )
+        self.stages = plan.config.stages
+
+    def slot(self, tile):
+        """The stage that a tile is copied to."""
+        return lax.rem(tile - self.tiles.begin, jnp.int32(self.stages))
+
+
+def _kernel(plan: _Plan, refs: _Refs, smem: _Shared):
+    """One block: warpgroups that compute, and a last one whose first warp copies for them."""
+    block = _Block(plan, refs)
+    group, groups = lax.axis_index("warpgroup"), plan.config.warpgroups
+    computing, copying = REGISTERS[groups]
 
     @pl.when(group < groups)
-    def _consumer():
-        plgpu.set_max_registers(240 if groups < 3 else 160, action="increase")
-        rows = q_smem.at[group], codes_smem.at[group]
-        row_begin = first_query + group * ROWS
-        queries = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (ROWS,), 0), PER_ROW) + row_begin
-        plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row_begin, ROWS), head], rows[0], q_ready.at[group])
-        plgpu.barrier_wait(q_ready.at[group])
-        q_scale = _quantize_rows(*rows, scores_dtype) * (scale * LOG2_E)
-        if config.ping_pong:
-            pl.when(group == 1)(lambda: _pass_turn(turn))
-
-        def key_scales(tile):
-            return plgpu.load(k_scale_ref.at[batch, kv_head, tile], layout=PER_COLUMN, optimized=False)
-
-        def slot_of(tile):
-            return lax.rem(tile - begin, jnp.int32(stages))
-
-        def hide(tile, x):
-            """Scores of keys that a query does not see become -inf."""
-            left, right = window
-            query, last_key = queries - tile * block, kv_length - 1 - tile * block
-            last = jnp.minimum(query + (UNBOUNDED if right is None else right), last_key)
-            return keep_columns(x, None if left is None else query - left, last)
-
-        def weigh(tile, x, maximum, total, k_scale):
-            """The softmax of one tile of scores, against the running maximum."""
-            if full_begin is not begin or full_end is not end:
-                partly_seen = (tile < full_begin) | (tile >= full_end)
-                x = lax.cond(partly_seen, functools.partial(hide, tile), lambda x: x, x)
-            largest = largest_of_columns(x)
-            step_size = along_rows(q_scale, largest) * along_columns(k_scale, largest)
-            new_maximum = jnp.maximum(maximum, jnp.max((largest - offset) * step_size, axis=1))
-            shift = (0.0 if values_dtype is None else math.log2(LARGEST_CODE[values_dtype])) - offset * step_size
-            shift = shift - along_rows(new_maximum, shift)
-            p = jnp.exp2(x * repeat_columns(step_size, block) + repeat_columns(shift, block))
-            decay = jnp.exp2(maximum - new_maximum)
-            return p, decay, new_maximum, total * decay + sum_of_own_columns(p)
-
-        def multiply_values(tile, p, decay, acc, total):
-            """Adds P V of one tile to the decayed sum."""
-            slot = slot_of(tile)
-            if values_dtype is None:
-                weights, acc = p.astype(v_ref.dtype), acc * along_rows(decay, acc)
-                weights, acc, total = lax.optimization_barrier((weights, acc, total))
-            else:
-                weights = round_to_operand(p, values_dtype)
-            if config.ping_pong:
-                plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(v_ready.at[slot])
-            if config.ping_pong:
-                plgpu.barrier_wait(turn)
-            if values_dtype is None:
-                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot]))(plgpu.ACC.init(acc))
-            else:
-                part = _product(lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot].T), acc.shape, values_dtype)
-                acc = acc * along_rows(decay, acc) + (part - MAGIC if values_dtype == INT8 else part)
-            plgpu.barrier_arrive(v_free.at[slot])
-            return acc, total
-
-        def step(tile, carry):
-            acc, maximum, total = carry
-            k_scale = key_scales(tile)  # arrives while the scores are computed
-            slot = slot_of(tile)
-            plgpu.barrier_wait(k_ready.at[slot])
-
-            def multiply_keys(scores_ref):
-                plgpu.wgmma(scores_ref, rows[1], k_smem.at[slot].T)
-                if config.ping_pong:
-                    _pass_turn(turn)
-
-            x = _product(multiply_keys, (ROWS, block), scores_dtype)
-            plgpu.barrier_arrive(k_free.at[slot])
-            p, decay, maximum, total = weigh(tile, x, maximum, total, k_scale)
-            acc, total = multiply_values(tile, p, decay, acc, total)
-            return acc, maximum, total
-
-        def per_row(value):
-            return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), PER_ROW)
-
-        acc = plgpu.layout_cast(jnp.zeros((ROWS, q_ref.shape[3]), jnp.float32), TILE)
-        carry = acc, per_row(LOWEST_MAXIMUM), per_row(0.0)
-        carry = lax.fori_loop(begin, end, step, carry)
-        acc, _, total = carry
-        total = sum_of_parts(total)
-        if config.ping_pong:
-            pl.when(group == 0)(lambda: _pass_turn(turn))
-
-        total = jnp.where((queries < q_length) & (total != 0.0), total, jnp.inf)  # nothing seen: zeros
-        out = acc * along_rows(1.0 / total, acc)
-        if v_scale_ref is not None:
-            v_scale = plgpu.load(v_scale_ref.at[batch, kv_head], layout=PER_COLUMN, optimized=False)
-            out = out * along_columns(v_scale, out)
-        rows[0][...] = out.astype(out_ref.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(rows[0], out_ref.at[batch, pl.ds(row_begin, ROWS), head])
-        plgpu.wait_smem_to_gmem(0)
+    def _compute():
+        plgpu.set_max_registers(computing, action="increase")
+        _attend(plan, refs, smem, block, group)
 
     @pl.when(group == groups)
-    def _producer():
-        plgpu.set_max_registers(24 if groups < 3 else 32, action="decrease")
+    def _copy():
+        plgpu.set_max_registers(copying, action="decrease")
 
         @plgpu.warp_map
         def _(warp):
-            @pl.when(warp == 0)
-            def _():
-                @pl.loop(begin, end)
-                def _(tile):
-                    slot = lax.rem(tile - begin, jnp.int32(stages))
-                    keys = pl.ds(tile * block, block)
-                    refill = tile - begin >= stages
-                    pl.when(refill)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                    plgpu.copy_gmem_to_smem(k_ref.at[batch, kv_head, keys], k_smem.at[slot], k_ready.at[slot])
-                    pl.when(refill)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-                    index = (batch, keys, kv_head) if values_dtype is None else (batch, kv_head, slice(None), keys)
-                    plgpu.copy_gmem_to_smem(v_ref.at[index], v_smem.at[slot], v_ready.at[slot])
+            pl.when(warp == 0)(lambda: _copy_tiles(plan, refs, smem, block))
 
 
-def _key_tiles(first_query, rows: int, q_length, kv_length, window: Window, block: int, *, aligned: bool):
-    """Tiles [begin, end) that some of the queries see, of which [full_begin, full_end) need no mask.
+def _attend(plan: _Plan, refs: _Refs, smem: _Shared, block: _Block, group):
+    """Attention of one warpgroup's 64 queries: for every tile of keys QK, online softmax, PV."""
+    config, tiles = plan.config, block.tiles
+    rows, codes = smem.q.at[group], smem.codes.at[group]
+    first_query = block.first_query + group * ROWS
+    queries = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (ROWS,), 0), PER_ROW) + first_query
+    ours = block.batch, pl.ds(first_query, ROWS), block.head
+    plgpu.copy_gmem_to_smem(refs.q.at[ours], rows, smem.q_ready.at[group])
+    plgpu.barrier_wait(smem.q_ready.at[group])
+    q_scale = _quantize_rows(rows, codes, plan.mode.scores) * (plan.scale * LOG2_E)
+    if config.ping_pong:
+        pl.when(group == 1)(lambda: _pass_turn(smem.turn))
 
-    Bounds that need no masked tiles on their side are the same object, so that the loop over them is not emitted.
+    def step(tile, state):
+        acc, maximum, total = state
+        k_scale = _per_column(refs.k_scale.at[block.batch, block.kv_head, tile])  # arrives while scores are computed
+        x = _scores(plan, smem, codes, block.slot(tile))
+        if tiles.masked:
+            hide = functools.partial(_hide, plan, block, queries, tile)
+            x = lax.cond(tiles.partly_seen(tile), hide, lambda x: x, x)
+        p, decay, maximum, total = _softmax(plan, x, q_scale, k_scale, maximum, total)
+        acc, total = _add_values(plan, smem, block.slot(tile), p, decay, acc, total)
+        return acc, maximum, total
+
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, rows.shape[1]), jnp.float32), TILE)
+    acc, _, total = lax.fori_loop(tiles.begin, tiles.end, step, (acc, _per_row(LOWEST_MAXIMUM), _per_row(0.0)))
+    total = sum_of_parts(total)
+    if config.ping_pong:
+        pl.when(group == 0)(lambda: _pass_turn(smem.turn))
+
+    total = jnp.where((queries < block.q_length) & (total != 0.0), total, jnp.inf)  # nothing seen: zeros
+    out = acc * along_rows(1.0 / total, acc)
+    if refs.v_scale is not None:
+        out = out * along_columns(_per_column(refs.v_scale.at[block.batch, block.kv_head]), out)
+    rows[...] = out.astype(refs.out.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(rows, refs.out.at[ours])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _copy_tiles(plan: _Plan, refs: _Refs, smem: _Shared, block: _Block):
+    """The producer: keys and values of every tile, each as soon as its stage is free."""
+    config, tiles = plan.config, block.tiles
+
+    @pl.loop(tiles.begin, tiles.end)
+    def _(tile):
+        slot = block.slot(tile)
+        keys = pl.ds(tile * config.block_kv, config.block_kv)
+        refill = tile - tiles.begin >= config.stages
+        head = block.batch, block.kv_head
+        pl.when(refill)(lambda: plgpu.barrier_wait(smem.k_free.at[slot]))
+        plgpu.copy_gmem_to_smem(refs.k.at[*head, keys], smem.k.at[slot], smem.k_ready.at[slot])
+        pl.when(refill)(lambda: plgpu.barrier_wait(smem.v_free.at[slot]))
+        index = (block.batch, keys, block.kv_head) if plan.float_values else (*head, slice(None), keys)
+        plgpu.copy_gmem_to_smem(refs.v.at[index], smem.v.at[slot], smem.v_ready.at[slot])
+
+
+def _scores(plan: _Plan, smem: _Shared, codes, slot):
+    """Products of query codes and a tile of key codes [ROWS, block_kv], `plan.offset` too large."""
+    plgpu.barrier_wait(smem.k_ready.at[slot])
+
+    def multiply(scores_ref):
+        plgpu.wgmma(scores_ref, codes, smem.k.at[slot].T)
+        if plan.config.ping_pong:
+            _pass_turn(smem.turn)
+
+    x = fresh_product(multiply, (ROWS, plan.config.block_kv), plan.mode.scores)
+    plgpu.barrier_arrive(smem.k_free.at[slot])
+    return x
+
+
+def _hide(plan: _Plan, block: _Block, queries, tile, x):
+    """Scores of keys that a query does not see become -inf."""
+    bounds = visible_columns(queries, tile, block.kv_length, plan.window, plan.config.block_kv)
+    return keep_columns(x, *bounds)
+
+
+def _softmax(plan: _Plan, x, q_scale, k_scale, maximum, total):
+    """Weights of one tile's scores against the running maximum, what to decay earlier sums by, and the new statistics.
+
+    Dequantization, softmax scale, offset, maximum and the fixed scale of 8-bit weights are one FMA per score.
     """
-    left, right = window
-    last_query = first_query + rows - 1
+    largest = largest_of_columns(x)
+    step_size = along_rows(q_scale, largest) * along_columns(k_scale, largest)
+    new_maximum = jnp.maximum(maximum, jnp.max((largest - plan.offset) * step_size, axis=1))
+    log_scale = 0.0 if plan.float_values else math.log2(LARGEST_CODE[plan.mode.values])
+    shift = log_scale - plan.offset * step_size
+    shift = shift - along_rows(new_maximum, shift)
+    columns = x.shape[1]
+    p = jnp.exp2(x * repeat_columns(step_size, columns) + repeat_columns(shift, columns))
+    decay = jnp.exp2(maximum - new_maximum)
+    return p, decay, new_maximum, total * decay + sum_of_own_columns(p)
 
-    def tiles(keys):
-        return lax.div(keys, jnp.int32(block))
 
-    end_key = kv_length if right is None else jnp.minimum(kv_length, last_query + right + 1)
-    end_key = jnp.where(first_query < q_length, jnp.maximum(end_key, 0), 0)
-    end = tiles(end_key + block - 1)
-    begin = jnp.int32(0) if left is None else jnp.minimum(tiles(jnp.maximum(first_query - left, 0)), end)
-    full_begin = begin
-    if left is not None:
-        full_begin = jnp.minimum(tiles(jnp.maximum(last_query - left, 0) + block - 1), end)
-    full_end = end
-    if right is not None or not aligned:
-        full_keys = end_key if right is None else jnp.minimum(end_key, jnp.maximum(first_query + right + 1, 0))
-        full_end = jnp.maximum(tiles(full_keys), full_begin)
-    return begin, full_begin, full_end, end
+def _add_values(plan: _Plan, smem: _Shared, slot, p, decay, acc, total):
+    """The decayed sum plus P V of one tile; `total` passes through, to be computed before the product."""
+    if plan.float_values:
+        weights, acc = p.astype(smem.v.dtype), acc * along_rows(decay, acc)
+        weights, acc, total = lax.optimization_barrier((weights, acc, total))
+    else:
+        weights = round_to_operand(p, plan.mode.values)
+    if plan.config.ping_pong:
+        plgpu.barrier_arrive(smem.turn)
+    plgpu.barrier_wait(smem.v_ready.at[slot])
+    if plan.config.ping_pong:
+        plgpu.barrier_wait(smem.turn)
+    if plan.float_values:
+        acc = added_product(lambda ref: plgpu.wgmma(ref, weights, smem.v.at[slot]), acc)
+    else:
+        multiply = lambda ref: plgpu.wgmma(ref, weights, smem.v.at[slot].T)  # noqa: E731
+        part = fresh_product(multiply, acc.shape, plan.mode.values)
+        acc = acc * along_rows(decay, acc) + (part - MAGIC if plan.mode.values == INT8 else part)
+    plgpu.barrier_arrive(smem.v_free.at[slot])
+    return acc, total
 
 
 def _pass_turn(turn):
@@ -302,7 +348,7 @@ def _pass_turn(turn):
     plgpu.barrier_wait(turn)
 
 
-def _product(multiply, shape: tuple[int, int], dtype: jnp.dtype):
+def fresh_product(multiply, shape: tuple[int, int], dtype: jnp.dtype):
     """A product in a fresh accumulator, as float32; an int8 one is MAGIC too large.
 
     It starts from a constant, written before its operands are there: ptxas drops zeros that are a constant, while those
@@ -313,6 +359,11 @@ def _product(multiply, shape: tuple[int, int], dtype: jnp.dtype):
     return lax.bitcast_convert_type(product, jnp.float32)  # pyright: ignore[reportArgumentType] - an array by now
 
 
+def added_product(multiply, acc):
+    """A product added to acc."""
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
+
+
 def _quantize_rows(q_ref, codes_ref, dtype: jnp.dtype):
     """Quantizes queries per token within shared memory; returns their scales."""
     q = plgpu.load(q_ref, layout=TILE).astype(jnp.float32)
@@ -321,3 +372,11 @@ def _quantize_rows(q_ref, codes_ref, dtype: jnp.dtype):
     codes_ref[...] = round_in_place(q, dtype)
     plgpu.commit_smem()
     return absmax * (1 / LARGEST_CODE[dtype])
+
+
+def _per_column(ref):
+    return plgpu.load(ref, layout=PER_COLUMN, optimized=False)
+
+
+def _per_row(value):
+    return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), PER_ROW)

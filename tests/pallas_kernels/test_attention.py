@@ -7,7 +7,6 @@ import pytest
 
 from pallas_kernels.attention import MODES, Config, attention, supports
 from pallas_kernels.attention.cases import CORRECTNESS, Case
-from pallas_kernels.attention.mosaic_gpu import _key_tiles
 from pallas_kernels.attention.quantize import (
     E4M3,
     INT8,
@@ -17,6 +16,7 @@ from pallas_kernels.attention.quantize import (
     quantize_values,
 )
 from pallas_kernels.attention.reference import Masking
+from pallas_kernels.attention.tiles import key_tiles
 
 OP = importlib.import_module("pallas_kernels.attention")
 
@@ -162,7 +162,7 @@ def test_key_tiles_cover_what_is_visible(window, tokens, keys):
         aligned = keys % 64 == 0
         begin, full_begin, full_end, end = (
             int(x)
-            for x in _key_tiles(jnp.int32(first), 128, jnp.int32(tokens), jnp.int32(keys), window, 64, aligned=aligned)
+            for x in key_tiles(jnp.int32(first), 128, jnp.int32(tokens), jnp.int32(keys), window, 64, aligned=aligned)
         )
         assert 0 <= begin <= full_begin <= full_end <= end <= -(-keys // 64)
         query, key = np.arange(first, first + 128)[:, None], np.arange(-(-keys // 64) * 64)[None]
