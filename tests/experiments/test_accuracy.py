@@ -26,10 +26,11 @@ def numpy_measures(reference, logits, targets):
 
 
 def test_token_measures_are_their_definitions(rng):
-    reference, logits = rng.normal(size=(2, 3, 5, 11)) * 3
+    reference, logits = (rng.normal(size=(2, 3, 5, 11)) * 3).astype(np.float32)  # which both sides order alike
     targets = rng.integers(0, 11, (3, 5))
     got = token_measures(jnp.asarray(reference, jnp.float32), jnp.asarray(logits, jnp.float32), jnp.asarray(targets))
-    for mine, theirs in zip(got, numpy_measures(reference, logits, targets), strict=True):
+    wide = (x.astype(np.float64) for x in (reference, logits))
+    for mine, theirs in zip(got, numpy_measures(*wide, targets), strict=True):
         # float32 softmax over 11 logits of size below 15: a few ulps of the largest term
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=2e-6)
 

@@ -73,7 +73,7 @@ def test_training_beats_rounding_afterwards(rng, lenient_jax):  # optax promotes
     config = jq.QuantConfig(grouped("w2a16", 32))
     # Inputs of rank 6 leave 58 directions in which rounding errors may cancel: training finds some, rounding cannot.
     x = jnp.asarray(rng.standard_normal((256, 6)) @ rng.standard_normal((6, 64)) / 8, jnp.float32)
-    target = jnp.asarray(rng.standard_normal((64, 8)), jnp.float32)
+    target = jnp.asarray(rng.standard_normal((64, 64)), jnp.float32)
     params, goal = {"kernel": target}, x @ target
 
     def apply(params, x):

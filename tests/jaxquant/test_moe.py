@@ -38,6 +38,19 @@ def oracle_route(logits, routing, bias=None):
     return weights
 
 
+def draw_logits(rng, tokens, experts, routing, bias=None, dtype=jnp.float32):
+    """Logits [T, E] that no rounding of float32 routes otherwise: scores, and those of groups, lie 1e-5 apart."""
+    rows = []
+    while len(rows) < tokens:
+        row = np.asarray(jnp.asarray(2 * rng.normal(size=experts), dtype), np.float32)
+        scores = np.exp(row) / np.exp(row).sum() if routing.score == "softmax" else 1 / (1 + np.exp(-row))
+        ranked = scores if bias is None else scores + np.asarray(bias)
+        groups = np.sort(ranked.reshape(routing.groups, -1))[:, -routing.group_best :].sum(1)
+        if all(np.diff(np.sort(each)).min(initial=1.0) > 1e-5 for each in (ranked, groups)):
+            rows.append(row)
+    return jnp.asarray(np.stack(rows))
+
+
 def oracle_moe(x, weights, gate, up, down, shared=None):
     """The weighted sum over experts, every expert computed for every token, in float64."""
     x, gate, up, down = (np.asarray(a, np.float64) for a in (x, gate, up, down))
@@ -52,13 +65,14 @@ def oracle_moe(x, weights, gate, up, down, shared=None):
 
 @pytest.fixture
 def layer(rng):
-    """Draws (x [T, D], logits [T, E], gate, up, down) in float32."""
+    """Draws (x [T, D], logits [T, E], gate, up, down)."""
 
-    def make(experts, tokens):
-        shapes = ((tokens, D), (tokens, experts), (experts, D, F), (experts, D, F), (experts, F, D))
-        scales = (1, 2, D**-0.5, D**-0.5, F**-0.5)
+    def make(experts, tokens, routing=ROUTINGS["mixtral"][1], dtype=jnp.float32):
+        shapes = ((tokens, D), (experts, D, F), (experts, D, F), (experts, F, D))
+        scales = (1, D**-0.5, D**-0.5, F**-0.5)
         draws = (rng.normal(size=shape) * scale for shape, scale in zip(shapes, scales, strict=True))
-        return [jnp.asarray(a, jnp.float32) for a in draws]
+        x, *weights = (jnp.asarray(a, dtype) for a in draws)
+        return [x, draw_logits(rng, tokens, experts, routing, dtype=dtype).astype(dtype), *weights]
 
     return make
 
@@ -78,8 +92,8 @@ def assert_near(got, wanted, tolerance=TOLERANCE):
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_routes_as_written_out_in_numpy(rng, name):
     experts, routing = ROUTINGS[name]
-    logits = jnp.asarray(rng.normal(size=(40, experts)), jnp.float32)
     bias = jnp.asarray(rng.normal(size=experts) * 0.1, jnp.float32) if routing.score == "sigmoid" else None
+    logits = draw_logits(rng, 40, experts, routing, bias)
     weights, chosen = jax.jit(jq.route, static_argnums=1)(logits, routing, bias)
     placed = np.zeros((40, experts))
     np.put_along_axis(placed, np.asarray(chosen), np.asarray(weights, np.float64), axis=1)
@@ -97,7 +111,7 @@ def test_normalising_is_the_softmax_of_the_chosen_logits(rng):
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_float_experts_are_those_of_numpy(layer, name):
     experts, routing = ROUTINGS[name]
-    x, logits, *weights = layer(experts, 23)
+    x, logits, *weights = layer(experts, 23, routing)
     got = jax.jit(jq.moe, static_argnums=5)(x, logits, *weights, routing)
     assert_near(got, oracle_moe(x, oracle_route(logits, routing), *weights))
 
@@ -168,8 +182,8 @@ def test_equal_inputs_give_equal_bits_and_leading_axes_are_kept(layer):
 
 
 def test_bfloat16_stays_bfloat16(layer):
-    x, logits, *weights = (a.astype(jnp.bfloat16) for a in layer(4, 8))
     routing = jq.Routing(per_token=2)
+    x, logits, *weights = layer(4, 8, routing, jnp.bfloat16)
     got = jq.moe(x, logits, *weights, routing)
     assert got.dtype == jnp.bfloat16
     # every intermediate is rounded to bfloat16 once: gate, up, hidden, down, result; float32 sums between

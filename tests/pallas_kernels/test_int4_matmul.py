@@ -57,7 +57,7 @@ def test_extreme_codes_and_scales(rng, code, exponent):
     error = np.abs(np.asarray(out, np.float64) - exact)
     absolute = np.abs(wide).sum(1, keepdims=True) * 8 * 2.0**exponent * EPS["bfloat16"]
     assert (error <= absolute + (flushed if exponent < -126 else 0)).all()
-    assert exponent < -126 or (np.abs(exact) > 0).all()
+    assert exponent < -126 or np.abs(np.asarray(out, np.float64)).mean() > absolute.mean()
 
 
 def test_tuned_configurations_take_the_problems_they_were_tuned_on():
