@@ -31,6 +31,7 @@ BATCH = 8
 RESAMPLES = 2000
 ORACLES = pathlib.Path(__file__).parent / "oracles"
 RESULTS = pathlib.Path(__file__).parent / "results" / "peers_tiny_python.json"
+SMALL_RESULTS = RESULTS.with_name("peers_small_python.json")  # of the 28M model, which is not in the repository
 DRAWS = (EMBEDDED_MODEL / "calibration.npy", *(ORACLES / "calibration" / f"tiny_python_{n}.npy" for n in (1, 2)))
 FORMATS = ("w4", "w4-asym", "w3", "w3-asym")
 
@@ -50,13 +51,17 @@ class Bar:
     limit: float
 
 
+WITHOUT_TRAINING = ("ist-gptq-best", "ist-gptq-sequential", "gptqmodel-gptaq")
+GPTQS = ("ist-gptq-best", "llmcompressor-gptq", "llmcompressor-gptq-mse", "gptqmodel", "gptqmodel-best")
 BARS = (
-    *(Bar(f"gptq-{form}-compensated", f"ist-gptq-best-{form}", 0.90 if "asym" in form else 0.85) for form in FORMATS),
+    *(
+        Bar(f"gptq-{form}-compensated", f"{peer}-{form}", 0.90 if "asym" in form else 0.85)
+        for peer in WITHOUT_TRAINING
+        for form in FORMATS
+    ),
     *(Bar(f"learned-{form}", f"ist-gptq-best-{form}", 0.75) for form in FORMATS),
     *(Bar(f"learned-{form}", f"autoround-{form}", 0.85) for form in FORMATS),
-    *(Bar(f"gptq-{form}", f"ist-gptq-best-{form}", 1.02) for form in FORMATS),
-    *(Bar(f"gptq-{form}", f"llmcompressor-gptq-{form}", 1.02) for form in FORMATS),
-    *(Bar(f"gptq-{form}", f"gptqmodel-{form}", 1.02) for form in FORMATS),
+    *(Bar(f"gptq-{form}", f"{peer}-{form}", 1.02) for peer in GPTQS for form in FORMATS),
     *(Bar(f"awq-{form}", f"llmcompressor-awq-{form}", 1.02) for form in FORMATS),
     Bar("rtn-w4", "torchao-w4", 1.02),
     Bar("w8a8", "llmcompressor-w8a8", 1.02),

@@ -124,7 +124,7 @@ def run_gptqmodel(folder, calibration, bits, sym, **flags):
     wrapped.quantize(rows, batch_size=1)
     with tempfile.TemporaryDirectory() as scratch:
         wrapped.save(scratch)
-        saved = GPTQModel.load(scratch, backend=BACKEND.TORCH, device="cpu", dtype=torch.float32)
+        saved = GPTQModel.load(scratch, backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
         packed = dict(saved.model.named_modules())
     model = load(folder)
     for name, module in linears(model).items():
