@@ -1,7 +1,7 @@
 """Converts a large synthetic checkpoint and measures memory and speed; fails above two leaves of peak memory.
 
-    python -m experiments.bench_convert [--gigabytes 20] [--recipe w4a16|none] [--source huggingface|orbax|jaxquant]
-        [--sparse] [--out results.json]
+    python -m experiments.bench_convert [--gigabytes 20] [--recipe w4a16|none|fp8-block|...]
+        [--source huggingface|orbax|jaxquant] [--sparse] [--out results.json]
 
 The checkpoint is a Hugging Face folder (or one of orbax or ours, made in memory: a few GB) of bfloat16 kernels
 [8192, 28672] (the feed-forward layers of a 70B Llama, 470 MB each) of random numbers. Before the conversion the files
@@ -111,12 +111,31 @@ def disk_speeds(source, target):
     return {"disk_read": file.stat().st_size / read, "disk_write": file.stat().st_size / written}
 
 
+def make_config(recipe):
+    """A preset, or what no preset is: blocks, kernels that contract their last axis, ranges that need the whole."""
+    import jaxquant as jq
+
+    others = {
+        "fp8-block": ("float8_e4m3fn", jq.PerBlock((128, 128)), "absmax", None),
+        "w4a16-last": ("int4", jq.PerGroup(128), "absmax", -1),
+        "w8a16-tensor-last": ("int8", jq.PerTensor(), "absmax", (-2, -1)),
+        "w8a16-tensor-mse": ("int8", jq.PerTensor(), "mse", None),
+    }
+    if recipe == "none":
+        return None
+    if recipe not in others:
+        return jq.QuantConfig.preset(recipe)
+    qtype, granularity, find, axis = others[recipe]
+    spec = jq.QuantSpec(jq.TensorSpec(qtype, granularity, range=find))
+    return jq.QuantConfig(rules=(jq.Rule(".*kernel", spec, axis),))
+
+
 def measure(source, target, recipe):
     """The conversion, in a process of its own: memory above what importing and compiling take."""
     import jaxquant as jq
     from jaxquant.conversion import convert
 
-    config = None if recipe == "none" else jq.QuantConfig.preset(recipe)
+    config = make_config(recipe)
     jq.quantize({"kernel": np.ones((INPUTS, 256), BF16)}, jq.QuantConfig.preset("w4a16"))
     jq.save(f"{target}-warm", {"w": np.ones(8, np.float32)})
     put_out_of_cache(pathlib.Path(source))

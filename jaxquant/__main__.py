@@ -22,7 +22,7 @@ from jaxquant.arrays._spec import PRESETS, QuantConfig, Rule
 from jaxquant.conversion import convert, export
 from jaxquant.inspection import diff, inspect
 from jaxquant.interop import FORMATS
-from jaxquant.interop._json import read_json
+from jaxquant.storage._json import read_json
 
 ALGORITHMS: dict[str, Callable[[], WeightTransform]] = {"gptq": gptq, "awq": awq, "smoothquant": smoothquant}
 BATCH = 4  # sequences

@@ -95,7 +95,7 @@ def quantize(
     axes = stats.axes if stats is not None else _axes(apply_fn, abstract_tree(params), first)
     assignments = assign(params, config, axes)
     for path, leaf in named_leaves(params):
-        _check_fits(path, leaf, assignments[path])
+        check_fits(path, leaf, assignments[path])
     watches = plan_watches(assignments, params, config, expert_tokens, borrow)
     if watches and stats is None and (apply_fn is None or first is None):
         raise _missing_data(next(iter(watches)), config)
@@ -207,8 +207,8 @@ def _listener(report: Callable[[WeightReport], Any] | None, total: int) -> Calla
     return emit
 
 
-def _check_fits(path: str, leaf: Any, chosen: Assignment) -> None:
-    """Raises now what would fail for this leaf later, with its path."""
+def check_fits(path: str, leaf: Any, chosen: Assignment) -> None:
+    """Raises now, with the path, what quantizing this leaf would fail by later; it needs its shape and dtype only."""
     if chosen.spec is None:
         return
     if isinstance(leaf, Tracer):

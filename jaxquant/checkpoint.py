@@ -1,13 +1,11 @@
 """`save` and `load`: checkpoints that describe themselves, restored with no template and no model.
 
-A checkpoint is a folder that holds `manifest.json` (the tree, the specs, the versions; `_manifest`) and numbered arrays
-in orbax (`_store`). The manifest names the shards it belongs with, and replacing it is what makes a save count: a save
-that dies earlier leaves the old checkpoint as it was, or nothing.
+A checkpoint is a folder that holds `manifest.json` (the tree, the specs, the versions; `storage/_manifest`) and
+numbered arrays in orbax (`storage/_store`). The manifest names the shards it belongs with, and replacing it is what
+makes a save count: a save that dies earlier leaves the old checkpoint as it was, or nothing.
 """
 
 import dataclasses
-import importlib.metadata
-import json
 import os
 import pathlib
 import shutil
@@ -22,39 +20,13 @@ import numpy as np
 from jaxquant.arrays._spec import QuantConfig
 from jaxquant.storage._companions import FOLDER as COMPANIONS
 from jaxquant.storage._companions import copy_companions
-from jaxquant.storage._manifest import decode_tree, decode_value, encode_tree, encode_value
-from jaxquant.storage._store import Reader, Record, Shard, Writer
-
-FORMAT = "jaxquant checkpoint"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-_FIELDS = {"format", "format_version", "library_version", "config", "algorithm", "tree", "arrays", "shards"}
-_OPTIONAL = {"huggingface"}
+from jaxquant.storage._manifest import Manifest, build_tree, read_manifest
+from jaxquant.storage._nodes import decode_tree, encode_tree
+from jaxquant.storage._publish import check_target, publish, staging_folder
+from jaxquant.storage._records import Record
+from jaxquant.storage._store import Reader, Writer
 
 Path = str | os.PathLike[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself.
-
-    Attributes:
-        tree: the tree's node (see `jaxquant.storage._manifest`).
-        records: what each numbered array is and where.
-        shards: the orbax folders, with the sizes and checksums of their files.
-        config: what the parameters were quantized with, its algorithm left out, or None.
-        algorithm: the name of the config's algorithm, or None.
-        library_version: of the jaxquant that wrote it.
-        huggingface: the config.json of the model it was converted from, or None.
-    """
-
-    tree: Any
-    records: tuple[Record, ...]
-    shards: tuple[Shard, ...]
-    config: QuantConfig | None = None
-    algorithm: str | None = None
-    library_version: str = ""
-    huggingface: dict[str, Any] | None = None
 
 
 def save(path: Path, qparams: Any, *, config: QuantConfig | None = None, overwrite: bool = False) -> None:
@@ -132,99 +104,6 @@ def load(path: Path, *, sharding: Any = None) -> Any:
     return build_tree(folder, manifest, arrays.__getitem__)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Reads what a checkpoint says of itself, without its arrays.
-
-    Args:
-        path: the checkpoint's folder.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the folder holds no checkpoint, a malformed one, or one of a newer format.
-    """
-    folder = pathlib.Path(path)
-    file = folder / MANIFEST
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such checkpoint")
-    if not file.is_file():
-        raise ValueError(f"{folder}: no {MANIFEST}, so this is no jaxquant checkpoint, or its save never finished")
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: no readable JSON, the file is truncated or altered ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{file}: written by another program; a jaxquant checkpoint says format {FORMAT!r}")
-    version = content.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{file}: format version {version!r} by jaxquant {content.get('library_version')}; this"
-            f" jaxquant {library_version()} reads version {FORMAT_VERSION}: upgrade it"
-        )
-    try:
-        return _parse(content)
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: malformed: {error!r}") from error
-
-
-def build_tree(folder: pathlib.Path, manifest: Manifest, get: Callable[[int], Any]) -> Any:
-    """Makes the tree of a manifest, its arrays given by number."""
-    try:
-        return decode_tree(manifest.tree, get)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / MANIFEST}: malformed tree: {error}") from error
-
-
-def check_target(target: pathlib.Path, overwrite: bool) -> None:
-    """Refuses to write over what is there, unless asked to and it is a checkpoint."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(f"{target}: exists; pass overwrite=True to replace it")
-    if not (target / MANIFEST).is_file():
-        raise FileExistsError(f"{target}: exists and is no checkpoint; overwrite=True replaces checkpoints only")
-
-
-def staging_folder(target: pathlib.Path) -> pathlib.Path:
-    """Where a checkpoint is written before it counts: beside its target, hidden."""
-    return target.with_name(f".{target.name}.partial")
-
-
-def publish(staged: pathlib.Path, target: pathlib.Path, manifest: Manifest) -> None:
-    """Makes a staged store the checkpoint at `target` in one atomic step.
-
-    Args:
-        staged: holds the manifest's shards.
-        target: absent or empty, or an old checkpoint, which stays whole until the new manifest takes its place.
-        manifest: the new checkpoint's.
-    """
-    _write_synced(staged / MANIFEST, json.dumps(_unparse(manifest), separators=(",", ":"), allow_nan=False))
-    if not (target / MANIFEST).exists():
-        os.rename(staged, target)
-    else:
-        names = {shard.name for shard in manifest.shards}
-        for name in names:
-            os.rename(staged / name, target / name)
-        shutil.rmtree(target / COMPANIONS, ignore_errors=True)
-        if (staged / COMPANIONS).exists():
-            os.rename(staged / COMPANIONS, target / COMPANIONS)
-        os.replace(staged / MANIFEST, target / MANIFEST)
-        for old in target.glob("arrays-*"):
-            if old.name not in names:
-                shutil.rmtree(old)
-    _sync_folder(target.parent)
-
-
-def library_version() -> str:
-    """The installed jaxquant's version."""
-    try:
-        return importlib.metadata.version("jaxquant")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "unknown"
-
-
 def _placement(manifest: Manifest, sharding: Any) -> Callable[[int, np.ndarray], Any]:
     """Resolves the caller's sharding into a function of an array and its number."""
     wanted: dict[int, Any]
@@ -280,55 +159,3 @@ def _place(array: np.ndarray, record: Record, sharding: jax.sharding.Sharding | 
     elif jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array
     return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding)
-
-
-def _unparse(manifest: Manifest) -> dict[str, Any]:
-    config = manifest.config
-    algorithm = manifest.algorithm
-    if config is not None and config.algorithm is not None:
-        algorithm = getattr(config.algorithm, "name", type(config.algorithm).__name__)
-        config = dataclasses.replace(config, algorithm=None)
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "library_version": library_version(),
-        "config": encode_value(config, "config"),
-        "algorithm": algorithm,
-        "huggingface": manifest.huggingface,
-        "tree": manifest.tree,
-        "arrays": [dataclasses.asdict(record) for record in manifest.records],
-        "shards": {shard.name: shard.files for shard in manifest.shards},
-    }
-
-
-def _parse(content: dict[str, Any]) -> Manifest:
-    if unknown := set(content) - _FIELDS - _OPTIONAL:
-        raise ValueError(f"unknown fields {sorted(unknown)}")
-    shards = tuple(
-        Shard(name, {file: (int(size), int(checksum)) for file, (size, checksum) in files.items()})
-        for name, files in content["shards"].items()
-    )
-    return Manifest(
-        content["tree"],
-        tuple(Record.parse(fields) for fields in content["arrays"]),
-        shards,
-        decode_value(content["config"], "config"),
-        content["algorithm"],
-        content["library_version"],
-        content.get("huggingface"),
-    )
-
-
-def _write_synced(file: pathlib.Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

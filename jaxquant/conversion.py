@@ -10,39 +10,69 @@ import dataclasses
 import functools
 import gc
 import hashlib
-import math
 import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 
-from jaxquant._quantize import quantize
-from jaxquant.arrays._spec import PerChannel, PerGroup, QuantConfig, Rule
-from jaxquant.checkpoint import Manifest, Path, check_target, library_version, publish, staging_folder, write_tree
+from jaxquant._quantize import check_fits, quantize
+from jaxquant._slices import Slicing, plan_slices, quantize_slices
+from jaxquant._sources import Source, open_source, read_leaf
+from jaxquant.algorithms._transform import WeightTransform
+from jaxquant.arrays._spec import QuantConfig, QuantSpec, Rule
+from jaxquant.checkpoint import Path, write_tree
 from jaxquant.interop import Module
 from jaxquant.interop.huggingface_write import Format, write_folder
-from jaxquant.parameters._rules import Assignment, assign
+from jaxquant.parameters._rules import assign
 from jaxquant.storage._companions import FOLDER as COMPANIONS
 from jaxquant.storage._companions import copy_companions
 from jaxquant.storage._journal import Journal
-from jaxquant.storage._manifest import decode_tree, encode_tree
-from jaxquant.storage._mapped import forget_pages, mapping_of
-from jaxquant.storage._sources import Source, open_source, read_leaf
+from jaxquant.storage._manifest import Manifest, library_version
+from jaxquant.storage._mapped import mapping_of
+from jaxquant.storage._nodes import decode_tree, encode_tree
+from jaxquant.storage._publish import check_target, publish, staging_folder
 from jaxquant.storage._store import as_numbers
 
-SLICE_BYTES = 1 << 21  # a larger weight is quantized by slices; what these take on the way adds up to a tenth of a leaf
-SLICES = 2  # read and quantized at a time
 MEMORY = 2  # largest leaves, above the base
 READ = 2  # of a leaf that orbax or tensorstore reads: what the file holds, and the array or what that is unpacked to
 TURNED = 1.1  # of a mapped leaf that is kept: it and the blocks on the way
 CODES = 0.55  # of one that is quantized: eight bits for sixteen, slices
+WHOLE = 4  # of one that is quantized whole: copies in float32
 
 Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """How one leaf is quantized."""
+
+    spec: QuantSpec
+    axis: tuple[int, ...]
+    algorithm: WeightTransform | None
+
+    def plan(self, weight: jax.ShapeDtypeStruct) -> Slicing | None:
+        """How to cut a large weight; None for the whole, which algorithms need."""
+        return None if self.algorithm is not None else plan_slices(weight, self.spec, self.axis)
+
+    def quantize(self, path: str, weight: Any, cut: Slicing | None) -> Any:
+        if cut is not None:
+            return quantize_slices(path, weight, self.spec, self.axis, cut)
+        rule = Rule(re.escape(path), self.spec, self.axis)
+        return quantize({path: weight}, QuantConfig(rules=(rule,), algorithm=self.algorithm))[path]
+
+
+def _decide(source: Source, config: QuantConfig | None) -> list[_Choice | None]:
+    """For each leaf, how it is quantized, or None to keep it; what cannot be is found before the first is read."""
+    known = {leaf.path: leaf.abstract for leaf in source.leaves if leaf.abstract is not None}
+    choices = {}
+    for path, assignment in assign(known, config).items() if config is not None and known else ():
+        check_fits(path, known[path], assignment)
+        if config is not None and assignment.spec is not None:
+            choices[path] = _Choice(assignment.spec, assignment.axis, config.algorithm)
+    return [choices.get(leaf.path) for leaf in source.leaves]
 
 
 def convert(
@@ -83,10 +113,10 @@ def convert(
     if config is not None and apply_fn is not None:
         _convert_calibrated(source, target, config, apply_fn, list(() if batches is None else batches))
         return
-    chosen = _decide(source, config)
+    choices = _decide(source, config)
     key = f"{source.fingerprint} {config!r} {library_version()}"
     with contextlib.closing(Journal(staging_folder(target), key)) as journal:
-        _convert_leaves(source, chosen, journal, progress)
+        _convert_leaves(source, choices, journal, progress)
         journal.commit()
     tree = _fill(source.tree, journal.nodes)
     writer, config = journal.writer, config or source.config
@@ -115,30 +145,26 @@ def _convert_calibrated(
     shutil.rmtree(finished, ignore_errors=True)
 
 
-def _convert_leaves(
-    source: Source, chosen: list[QuantConfig | None], journal: Journal, progress: Progress | None
-) -> None:
+def _convert_leaves(source: Source, choices: list[_Choice | None], journal: Journal, progress: Progress | None) -> None:
     """Converts the leaves that the journal does not have."""
     left = [number for number in range(len(source.leaves)) if number not in journal.nodes]
     largest = max((leaf.nbytes for leaf in source.leaves), default=0)
     for number in _reported(source, left, progress):
-        _convert_leaf(source, number, chosen[number], journal, MEMORY * largest)
+        _convert_leaf(source, number, choices[number], journal, MEMORY * largest)
 
 
-def _convert_leaf(source: Source, number: int, config: QuantConfig | None, journal: Journal, memory: int) -> None:
+def _convert_leaf(source: Source, number: int, choice: _Choice | None, journal: Journal, memory: int) -> None:
     leaf = source.leaves[number]
-    width = None if config is None else _slice_width(leaf.abstract, config)
+    cut = None if choice is None else choice.plan(leaf.abstract)
     if source.kind != "huggingface":
         journal.make_room(READ * leaf.nbytes, memory)
     gc.collect(1)  # what was read and written before: orbax's futures hold it in cycles, JAX until it next tidies up
-    value = read_leaf(source, number, slices=width is not None)
+    value = read_leaf(source, number, opened=choice is None or cut is not None)
     mapped = mapping_of(value) is not None
-    made = CODES if config is not None else TURNED if mapped else 0
+    made = (TURNED if mapped else 0) if choice is None else WHOLE if cut is None else CODES
     journal.make_room((made + (not mapped)) * leaf.nbytes, memory)
-    if config is not None and width is not None:
-        value = _quantize_slices(leaf.path, value, config, width)
-    elif config is not None:
-        value = quantize({leaf.path: value}, config)[leaf.path]
+    if choice is not None:
+        value = choice.quantize(leaf.path, value, cut)
     journal.add(number, encode_tree(value, journal.writer.put, leaf.path))
 
 
@@ -151,54 +177,6 @@ def _reported(source: Source, numbers: Sequence[int], progress: Progress | None)
         yield number
         done += source.leaves[number].nbytes
         show(done, source.nbytes, source.leaves[number].path)
-
-
-def _decide(source: Source, config: QuantConfig | None) -> list[QuantConfig | None]:
-    """For each leaf, the config that quantizes it alone, or None to keep it."""
-    if config is None:
-        return [None] * len(source.leaves)
-    known = {leaf.path: leaf.abstract for leaf in source.leaves if leaf.abstract is not None}
-    assignments: dict[str, Assignment] = assign(known, config) if known else {}
-    return [_alone(leaf.path, assignments.get(leaf.path), config) for leaf in source.leaves]
-
-
-def _alone(path: str, assignment: Assignment | None, config: QuantConfig) -> QuantConfig | None:
-    if assignment is None or assignment.spec is None:
-        return None
-    rule = Rule(re.escape(path), assignment.spec, assignment.axis)
-    return QuantConfig(rules=(rule,), algorithm=config.algorithm)
-
-
-def _slice_width(weight: Any, config: QuantConfig) -> int | None:
-    """Outputs of a large weight to quantize at a time where they are independent, to bound the memory; None for all."""
-    (rule,) = config.rules
-    independent = rule.spec is not None and isinstance(rule.spec.weight.granularity, PerChannel | PerGroup)
-    if config.algorithm is not None or not independent or rule.axes is None or rule.axes[-1] == -1:
-        return None
-    outputs, wanted = weight.shape[-1], -(-math.prod(weight.shape) * weight.dtype.itemsize // SLICE_BYTES)
-    count = next(count for count in range(wanted, outputs + 1) if outputs % count == 0) if wanted <= outputs else 1
-    return None if count == 1 else outputs // count
-
-
-def _quantize_slices(path: str, leaf: Any, config: QuantConfig, width: int) -> Any:
-    """Quantizes so many outputs at a time, as they are read, straight into the arrays of the whole weight."""
-    outputs = leaf.shape[-1]
-
-    def quantize_slice(start: int) -> Any:
-        part = quantize({path: leaf[..., start : start + width]}, config)[path]
-        forget_pages(leaf)
-        return part
-
-    def place(start: int, part: Any) -> None:
-        for array, piece in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
-            array[..., start : start + width] = piece
-
-    first = quantize_slice(0)
-    whole = jax.tree.map(lambda piece: np.empty((*piece.shape[:-1], outputs), piece.dtype), first)
-    place(0, first)
-    with ThreadPoolExecutor(SLICES) as pool:
-        list(pool.map(lambda start: place(start, quantize_slice(start)), range(width, outputs, width)))
-    return dataclasses.replace(whole, trailing=(*whole.trailing[:-1], outputs))
 
 
 class _Numbers:

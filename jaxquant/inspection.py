@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from jaxquant._quantize import dequantize
+from jaxquant._sources import open_source, read_leaf
 from jaxquant.arrays._outliers import OutlierArray
 from jaxquant.arrays._qarray import QArray
 from jaxquant.checkpoint import Path
 from jaxquant.interop import Module
-from jaxquant.storage._sources import open_source, read_leaf
 
 
 @dataclasses.dataclass(frozen=True)

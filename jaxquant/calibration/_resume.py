@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxquant.arrays._spec import QuantConfig
 from jaxquant.calibration._report import WeightReport
-from jaxquant.checkpoint import library_version, load, save
+from jaxquant.checkpoint import load, save
+from jaxquant.storage._manifest import library_version
 
 RUN = "run.json"
 

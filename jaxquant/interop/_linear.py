@@ -7,7 +7,7 @@ import numpy as np
 from jaxquant.arrays._qarray import QArray
 from jaxquant.arrays._qtypes import QType, get_qtype
 from jaxquant.arrays._spec import TensorSpec
-from jaxquant.storage._manifest import check_qarray
+from jaxquant.storage._nodes import check_qarray
 
 Tensors = Mapping[str, np.ndarray]
 

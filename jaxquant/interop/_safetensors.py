@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxquant.interop._json import read_json
+from jaxquant.storage._json import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

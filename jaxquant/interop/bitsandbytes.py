@@ -13,9 +13,9 @@ import numpy as np
 
 from jaxquant.arrays._qarray import QArray
 from jaxquant.arrays._qtypes import NF4_LEVELS
-from jaxquant.interop._json import read_json
 from jaxquant.interop._linear import Tensors, check_finite, check_surplus, expect, make_linear
 from jaxquant.interop._words import fit, pack_bytes
+from jaxquant.storage._json import read_json
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 SUFFIXES = (

@@ -15,7 +15,6 @@ import numpy as np
 
 from jaxquant.arrays._qarray import QArray
 from jaxquant.interop import bitsandbytes, compressed_tensors, hf_awq, hf_gptq
-from jaxquant.interop._json import read_json
 from jaxquant.interop._linear import FLOATS, Tensors
 from jaxquant.interop._parts import cut_outputs, stack_leaves
 from jaxquant.interop._safetensors import Stored, open_folder
@@ -28,6 +27,7 @@ from jaxquant.interop.names import (
     missing_modules,
     table_of,
 )
+from jaxquant.storage._json import read_json
 from jaxquant.storage._leaf import Leaf
 from jaxquant.storage._mapped import contiguous
 

@@ -16,20 +16,32 @@ class Chunks:
     Attributes:
         place: the file's folder and the array's name, for errors.
         store: the array in tensorstore.
+        dtype: the dtype in use, of the size of the one it is stored in.
     """
 
     place: str
     store: ts.TensorStore
+    dtype: np.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The array's shape."""
         return self.store.shape
 
+    @property
+    def ndim(self) -> int:
+        """The array's rank."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The array's elements."""
+        return math.prod(self.shape)
+
     def __getitem__(self, place: Any) -> np.ndarray:
         """Reads a slice into an array of its own; raises ValueError for files that are not what they claim to be."""
         try:
-            return np.asarray(self.store[place].read(order="C").result())
+            return np.asarray(self.store[place].read(order="C").result()).view(self.dtype)
         except (ValueError, IndexError, RuntimeError) as error:
             raise ValueError(f"{self.place}: tensorstore cannot read it: {error}") from error
 
@@ -61,4 +73,4 @@ def open_chunks(folder: pathlib.Path, name: str, shape: tuple[int, ...], dtype: 
     if store.shape != shape or store.dtype.numpy_dtype != dtype:
         found = f"{store.dtype.name}{list(store.shape)}"
         raise ValueError(f"{folder}: {name!r} is {found} in its files, {dtype}{list(shape)} in the metadata")
-    return Chunks(f"{folder}: {name!r}", store)
+    return Chunks(f"{folder}: {name!r}", store, dtype)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from jaxquant.storage._store import Record, Shard, Writer
+from jaxquant.storage._records import Record, Shard
+from jaxquant.storage._store import Writer
 
 FLUSH_BYTES = 1 << 26  # results are gathered up to this before they are written and noted
 NAME = "journal.jsonl"

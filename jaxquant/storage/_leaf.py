@@ -15,11 +15,12 @@ class Leaf:
         abstract: shape and dtype of an array, or a quantized weight with these in place of its leaves; None where only
             reading it would tell.
         read: reads it: a NumPy array, memory-mapped where it can be, or a QArray of NumPy leaves.
-        read_slices: opens a large array that is not mapped, for reading `[..., start:stop]` of it; None for others.
+        open: makes the leaf without reading it, its large arrays opened for reading slices; None where these are small
+            or mapped.
     """
 
     path: str
     nbytes: int
     abstract: Any
     read: Callable[[], Any]
-    read_slices: Callable[[], Any] | None = None
+    open: Callable[[], Any] | None = None

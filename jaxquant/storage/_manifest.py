@@ -1,336 +1,134 @@
-"""The manifest of a checkpoint: a parameter tree written as JSON, with numbers standing for its arrays.
-
-Only types listed here are written or made again, so a manifest can name no class of its own choosing. A node is `null`
-for None, or an object with one key that says what it is: `{"dict": [[key, node], ...]}`, `{"array": 3}`, and so on.
-"""
+"""`manifest.json`: what a checkpoint says of itself."""
 
 import dataclasses
-import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+import importlib.metadata
+import json
+import os
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from flax.core import FrozenDict
+from jaxquant.arrays._spec import QuantConfig
+from jaxquant.storage._json import read_json
+from jaxquant.storage._nodes import decode_tree
+from jaxquant.storage._records import Record, Shard
+from jaxquant.storage._values import decode_value, encode_value
 
-from jaxquant.arrays import _spec
-from jaxquant.arrays._outliers import OutlierArray
-from jaxquant.arrays._qarray import QArray
-from jaxquant.arrays._qtypes import QTYPES
-
-CONTAINERS = (QArray, OutlierArray)
-VALUES = (
-    _spec.PerTensor,
-    _spec.PerChannel,
-    _spec.PerToken,
-    _spec.PerGroup,
-    _spec.PerBlock,
-    _spec.TensorSpec,
-    _spec.QuantSpec,
-    _spec.Rule,
-    _spec.QuantConfig,
-)
-_MAPPINGS = {"dict": dict, "OrderedDict": OrderedDict, "FrozenDict": FrozenDict, "nnx.State": nnx.State}
-_SEQUENCES = {"list": list, "tuple": tuple}
-_BOXES = {"Partitioned": nn.Partitioned, "LogicallyPartitioned": nn.LogicallyPartitioned}
-_NNX_VARIABLES = (
-    nnx.Param,
-    nnx.BatchStat,
-    nnx.Cache,
-    nnx.Intermediate,
-    nnx.Perturbation,
-    nnx.LoRAParam,
-    nnx.RngState,
-    nnx.RngKey,
-    nnx.RngCount,
-    nnx.Variable,
-)
-ACCEPTED = (
-    "arrays, Python numbers, None, dict, OrderedDict, FrozenDict, list, tuple, nnx.State of nnx variables,"
-    " nn.Partitioned, nn.LogicallyPartitioned, QArray and OutlierArray"
-)
+FORMAT = "jaxquant checkpoint"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SIZE_LIMIT = 1 << 28  # a few hundred bytes for each array, of which unstacked experts make a hundred thousand
+_FIELDS = {"format", "format_version", "library_version", "config", "algorithm", "tree", "arrays", "shards"}
+_OPTIONAL = {"huggingface"}
 
 
-def encode_tree(tree: Any, put: Callable[[str, Any], int], path: str = "") -> Any:
-    """Writes a parameter tree as JSON values.
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        tree: the tree's node (see `jaxquant.storage._nodes`).
+        records: what each numbered array is and where.
+        shards: the orbax folders, with the sizes and checksums of their files.
+        config: what the parameters were quantized with, its algorithm left out, or None.
+        algorithm: the name of the config's algorithm, or None.
+        library_version: of the jaxquant that wrote it.
+        huggingface: the config.json of the model it was converted from, or None.
+    """
+
+    tree: Any
+    records: tuple[Record, ...]
+    shards: tuple[Shard, ...]
+    config: QuantConfig | None = None
+    algorithm: str | None = None
+    library_version: str = ""
+    huggingface: dict[str, Any] | None = None
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Reads what a checkpoint says of itself, without its arrays.
 
     Args:
-        tree: any nesting of the accepted types.
-        put: stores an array, given its path, and returns its number.
-        path: where `tree` lies in the whole.
+        path: the checkpoint's folder.
 
     Returns:
-        The node.
+        The manifest.
 
     Raises:
-        TypeError: a node or key of another type; the message names its path.
-
-    >>> encode_tree({"a": (None, 2)}, lambda path, leaf: 0)
-    {'dict': [['a', {'tuple': [None, {'scalar': 2}]}]]}
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder holds no checkpoint, a malformed one, or one of a newer format.
     """
-    kind = type(tree)
-    if tree is None:
-        return None
-    if kind in (bool, int, float):
-        return {"scalar": encode_value(tree, path)}
-    if isinstance(tree, np.ndarray | np.generic | jax.Array):
-        return {"array": put(path, tree)}
-    for name, mapping in _MAPPINGS.items():
-        if kind is mapping:
-            pairs = tree.raw_mapping.items() if kind is nnx.State else tree.items()
-            return {name: [[encode_key(key, path), encode_tree(node, put, join(path, key))] for key, node in pairs]}
-    for name, sequence in _SEQUENCES.items():
-        if kind is sequence:
-            return {name: [encode_tree(node, put, join(path, index)) for index, node in enumerate(tree)]}
-    for name, box in _BOXES.items():
-        if kind is box:
-            fields = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree) if f.name != "value"}
-            return {name: [encode_tree(tree.value, put, path), encode_value(fields, path)]}
-    if kind in CONTAINERS:
-        return {kind.__name__: _encode_container(tree, put, path)}
-    if isinstance(tree, nnx.Variable):
-        value = encode_tree(tree.get_raw_value(), put, path)
-        return {"nnx.Variable": [_variable_name(kind, path), value, encode_value(tree.get_metadata(), path)]}
-    raise TypeError(f"save: {path or 'the tree'} is a {kind.__module__}.{kind.__qualname__}; accepted are {ACCEPTED}")
-
-
-def decode_tree(node: Any, get: Callable[[int], Any], path: str = "") -> Any:
-    """Undoes `encode_tree`.
-
-    Args:
-        node: what `encode_tree` returned, through JSON or not.
-        get: gives the array of a number, or anything with its shape and dtype.
-        path: where `node` lies in the whole.
-
-    Returns:
-        The tree, of the same types.
-
-    Raises:
-        ValueError: the node is malformed, or of a kind this version does not know.
-
-    >>> decode_tree({"dict": [[1, {"tuple": [None, {"array": 7}]}]]}, float)
-    {1: (None, 7.0)}
-    """
-    if node is None:
-        return None
-    if not isinstance(node, dict) or len(node) != 1:
-        raise ValueError(f"{path}: a node of the tree must be null or an object of one key, got {str(node)[:80]!r}")
-    ((kind, body),) = node.items()
+    folder = pathlib.Path(path)
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such checkpoint")
+    if not file.is_file():
+        raise ValueError(f"{folder}: no {MANIFEST}, so this is no jaxquant checkpoint, or its save never finished")
+    content = read_json(file, size_limit=SIZE_LIMIT)
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{file}: written by another program; a jaxquant checkpoint says format {FORMAT!r}")
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{file}: format version {version!r} by jaxquant {content.get('library_version')}; this"
+            f" jaxquant {library_version()} reads version {FORMAT_VERSION}: upgrade it"
+        )
     try:
-        return _decode_node(kind, body, get, path)
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path}: a malformed {kind!r} node: {str(body)[:80]!r} ({error})") from error
+        return _parse(content)
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: malformed: {error!r}") from error
 
 
-def _decode_node(kind: str, body: Any, get: Callable[[int], Any], path: str) -> Any:
-    if kind == "scalar":
-        return decode_value(body, path)
-    if kind == "array":
-        if type(body) is not int:
-            raise TypeError("an array's number is an integer")
-        return get(body)
-    if kind in _MAPPINGS:
-        pairs = [(decode_value(key, path), child) for key, child in body]
-        return _MAPPINGS[kind]({key: decode_tree(child, get, join(path, key)) for key, child in pairs})
-    if kind in _SEQUENCES:
-        return _SEQUENCES[kind](decode_tree(child, get, join(path, index)) for index, child in enumerate(body))
-    if kind in _BOXES:
-        value, fields = body
-        return _BOXES[kind](decode_tree(value, get, path), **decode_value(fields, path))
-    if kind == "nnx.Variable":
-        name, value, metadata = body
-        return _variable_type(name, path).from_metadata(decode_tree(value, get, path), decode_value(metadata, path))
-    for container in CONTAINERS:
-        if kind == container.__name__:
-            leaves, static = body
-            values = {name: decode_tree(child, get, join(path, name)) for name, child in leaves.items()}
-            made = _make(container, values | {name: decode_value(value, path) for name, value in static.items()}, path)
-            if isinstance(made, QArray):
-                check_qarray(path, made)
-            return made
-    raise ValueError(f"{path}: a node of unknown kind {kind!r}; this version knows {ACCEPTED}")
+def build_tree(folder: pathlib.Path, manifest: Manifest, get: Callable[[int], Any]) -> Any:
+    """Makes the tree of a manifest, its arrays given by number."""
+    try:
+        return decode_tree(manifest.tree, get)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / MANIFEST}: malformed tree: {error}") from error
 
 
-def replace_leaves(node: Any, fn: Callable[[str, Any], Any], path: str = "") -> Any:
-    """Maps `fn(path, node)` over the arrays and containers of a tree's node; everything else is kept.
-
-    >>> replace_leaves({"list": [{"array": 5}, None]}, lambda path, node: {"array": path})
-    {'list': [{'array': '0'}, None]}
-    """
-    if node is None:
-        return None
-    ((kind, body),) = node.items()
-    if kind in _MAPPINGS:
-        pairs = [(key, join(path, decode_value(key, path)), child) for key, child in body]
-        return {kind: [[key, replace_leaves(child, fn, at)] for key, at, child in pairs]}
-    if kind in _SEQUENCES:
-        return {kind: [replace_leaves(child, fn, join(path, index)) for index, child in enumerate(body)]}
-    if kind in _BOXES:
-        return {kind: [replace_leaves(body[0], fn, path), body[1]]}
-    if kind == "nnx.Variable":
-        return {kind: [body[0], replace_leaves(body[1], fn, path), body[2]]}
-    return node if kind == "scalar" else fn(path, node)
+def library_version() -> str:
+    """The installed jaxquant's version."""
+    try:
+        return importlib.metadata.version("jaxquant")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
 
 
-def _encode_container(container: Any, put: Callable[[str, Any], int], path: str) -> list[Any]:
-    """Splits a container's fields into nodes (its pytree leaves) and plain values."""
-    keyed = jax.tree_util.tree_flatten_with_path(container, is_leaf=lambda node: node is not container)[0]
-    leaves = {key.name: node for (key,), node in keyed}
-    names = [field.name for field in dataclasses.fields(container)]
-    static = {name: encode_value(getattr(container, name), path) for name in names if name not in leaves}
-    return [{name: encode_tree(node, put, join(path, name)) for name, node in leaves.items()}, static]
+def manifest_text(manifest: Manifest) -> str:
+    """Writes a manifest as JSON; undone by `read_manifest`."""
+    config = manifest.config
+    algorithm = manifest.algorithm
+    if config is not None and config.algorithm is not None:
+        algorithm = getattr(config.algorithm, "name", type(config.algorithm).__name__)
+        config = dataclasses.replace(config, algorithm=None)
+    fields = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": library_version(),
+        "config": encode_value(config, "config"),
+        "algorithm": algorithm,
+        "huggingface": manifest.huggingface,
+        "tree": manifest.tree,
+        "arrays": [dataclasses.asdict(record) for record in manifest.records],
+        "shards": {shard.name: shard.files for shard in manifest.shards},
+    }
+    return json.dumps(fields, separators=(",", ":"), allow_nan=False)
 
 
-def join(path: str, key: Any) -> str:
-    """Appends a key to a "/"-joined path.
-
-    >>> join(join("", "layers"), 3)
-    'layers/3'
-    """
-    return f"{path}/{key}" if path else str(key)
-
-
-def encode_key(key: Any, path: str) -> Any:
-    """Writes a mapping's key: text, integers, and tuples of them keep their type."""
-    if type(key) in (str, int, bool) or (type(key) is tuple and all(type(part) in (str, int) for part in key)):
-        return encode_value(key, path)
-    raise TypeError(
-        f"save: {path or 'the tree'} has a key {key!r} of type {type(key).__name__}; accepted are"
-        " str, int, bool and tuples of str and int"
+def _parse(content: dict[str, Any]) -> Manifest:
+    if unknown := set(content) - _FIELDS - _OPTIONAL:
+        raise ValueError(f"unknown fields {sorted(unknown)}")
+    shards = tuple(
+        Shard(name, {file: (int(size), int(checksum)) for file, (size, checksum) in files.items()})
+        for name, files in content["shards"].items()
     )
-
-
-def encode_value(value: Any, path: str) -> Any:
-    """Writes a static value: a number, text, tuple, list, dict with text keys, dtype, PartitionSpec or spec.
-
-    Args:
-        value: the value.
-        path: the parameter it belongs to, for the error.
-
-    Returns:
-        JSON values; whatever JSON has no word for is an object of one key.
-
-    Raises:
-        TypeError: a value of another type, such as a mesh or a function.
-
-    >>> encode_value((1, None, jnp.dtype("bfloat16")), "w")
-    {'tuple': [1, None, {'dtype': 'bfloat16'}]}
-    """
-    if value is None or type(value) in (bool, int, str):
-        return value
-    if type(value) is float:
-        return value if math.isfinite(value) else {"float": repr(value)}
-    if type(value) in (tuple, list):
-        return {type(value).__name__: [encode_value(part, path) for part in value]}
-    if type(value) is dict and all(type(key) is str for key in value):
-        return {"dict": {key: encode_value(part, path) for key, part in value.items()}}
-    if isinstance(value, jnp.dtype):
-        return {"dtype": value.name}
-    if isinstance(value, jax.sharding.PartitionSpec):
-        return {"PartitionSpec": [encode_value(part, path) for part in value]}
-    if isinstance(value, VALUES):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {type(value).__name__: {name: encode_value(part, path) for name, part in fields.items()}}
-    raise TypeError(
-        f"save: {path}: a checkpoint cannot hold the static value {value!r} of type {type(value).__qualname__};"
-        " remove it first (unbox partitioned parameters, or set their mesh to None)"
+    return Manifest(
+        content["tree"],
+        tuple(Record.parse(fields) for fields in content["arrays"]),
+        shards,
+        decode_value(content["config"], "config"),
+        content["algorithm"],
+        content["library_version"],
+        content.get("huggingface"),
     )
-
-
-def decode_value(value: Any, path: str) -> Any:
-    """Undoes `encode_value`.
-
-    Args:
-        value: JSON values.
-        path: the parameter it belongs to, for the error.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: an unknown kind or field.
-
-    >>> decode_value({"PerGroup": {"size": 64}}, "w")
-    PerGroup(size=64)
-    """
-    if not isinstance(value, dict):
-        if isinstance(value, list):
-            raise ValueError(f"{path}: a bare list {str(value)[:80]!r} where a value was expected")
-        return value
-    ((kind, body),) = value.items()
-    if kind == "float":
-        return float(body)
-    if kind in ("tuple", "list"):
-        return _SEQUENCES[kind](decode_value(part, path) for part in body)
-    if kind == "dict":
-        return {key: decode_value(part, path) for key, part in body.items()}
-    if kind == "dtype":
-        return jnp.dtype(body)
-    if kind == "PartitionSpec":
-        return jax.sharding.PartitionSpec(*(decode_value(part, path) for part in body))
-    for known in VALUES:
-        if kind == known.__name__:
-            return _make(known, {name: decode_value(part, path) for name, part in body.items()}, path)
-    raise ValueError(f"{path}: a value of unknown kind {kind!r}")
-
-
-def _make(cls: type, fields: dict[str, Any], path: str) -> Any:
-    unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
-    if unknown:
-        names = ", ".join(sorted(unknown))
-        raise ValueError(f"{path}: {cls.__name__} has no field {names}; the checkpoint is of another version")
-    return cls(**fields)
-
-
-def check_qarray(path: str, q: QArray) -> None:
-    """Checks what `QArray` itself never checks: that its arrays fit its static fields.
-
-    Args:
-        path: its place in the tree.
-        q: the array.
-
-    Raises:
-        ValueError: they do not fit.
-    """
-    if q.qtype not in QTYPES or not all(-len(q.trailing) <= axis < 0 for axis in q.axis) or not q.axis:
-        raise ValueError(f"{path}: a QArray of qtype {q.qtype!r}, axis {q.axis}, trailing {q.trailing} is malformed")
-    if q.layout != "plain":
-        return
-    codes = list(q.shape)
-    codes[q.axis[-1]] = -(-q.padded // 8) * q.format.bits if q.format.packed else q.padded
-    dtype = np.dtype(np.uint8) if q.format.packed else q.format.code_dtype
-    if tuple(q.qvalue.shape) != tuple(codes) or q.qvalue.dtype != dtype:
-        raise ValueError(f"{path}: {q!r} needs codes {dtype}{codes}, got {q.qvalue.dtype}{list(q.qvalue.shape)}")
-    padded = list(q.shape)
-    padded[q.axis[-1]] = q.padded
-    for grid in jax.tree.leaves((q.scale, q.zero_point, q.pre_scale, q.act_scale, q.act_zero_point, q.perm)):
-        sizes = zip(q.shape, padded, grid.shape, strict=False)
-        fits = all(cells > 0 and (size == cells or whole % cells == 0) for size, whole, cells in sizes)
-        if grid.ndim != q.ndim or not fits:
-            raise ValueError(f"{path}: {q!r} has a grid {list(grid.shape)} that does not divide {padded}")
-
-
-def _variable_types() -> Iterable[tuple[str, type[nnx.Variable]]]:
-    yield from ((cls.__name__, cls) for cls in _NNX_VARIABLES)
-    yield from nnx.variablelib.VariableTypeCache.items()
-
-
-def _variable_name(kind: type[nnx.Variable], path: str) -> str:
-    for name, cls in _variable_types():
-        if cls is kind:
-            return name
-    raise TypeError(
-        f"save: {path} is a {kind.__qualname__}, a variable type of your own; name it with"
-        f" flax.nnx.register_variable_name({kind.__name__!r}, {kind.__name__}), here and before loading"
-    )
-
-
-def _variable_type(name: str, path: str) -> type[nnx.Variable]:
-    for known, cls in _variable_types():
-        if known == name:
-            return cls
-    raise ValueError(f"{path}: nnx has no variable type {name!r}; import the module that registers it before loading")

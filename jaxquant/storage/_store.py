@@ -6,95 +6,22 @@ shard that holds it; formats that not every reader knows (float8, sub-byte integ
 
 import dataclasses
 import functools
-import math
 import pathlib
-import re
 import uuid
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxquant.storage._chunks import Chunks, open_chunks
-from jaxquant.storage._mapped import contiguous
+from jaxquant.storage._mapped import contiguous, spill
+from jaxquant.storage._records import STORED_AS_IS, Record, Shard, check_shard, measure
 
 SHARD_BYTES = 1 << 28  # arrays are gathered up to this before they are written: the memory that saving takes
-_CHECK_BYTES = 1 << 22
-_STORED_AS_IS = {
-    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One stored array.
-
-    Attributes:
-        path: its "/"-joined place in the tree.
-        shape: its shape.
-        dtype: the logical dtype's name.
-        shard: the folder that holds it, or None for an array without elements.
-        key_impl: for a typed random key, the name of its generator; its data are what is stored.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    shard: str | None
-    key_impl: str | None = None
-
-    @property
-    def logical_dtype(self) -> np.dtype:
-        """The dtype in use."""
-        return np.dtype(self.dtype)
-
-    @property
-    def abstract(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype in use; of a typed random key, those of its data."""
-        return jax.ShapeDtypeStruct(self.shape, self.logical_dtype)
-
-    @property
-    def stored_dtype(self) -> np.dtype:
-        """The dtype on disk."""
-        return self.logical_dtype if self.dtype in _STORED_AS_IS else np.dtype(np.uint8)
-
-    @classmethod
-    def parse(cls, fields: dict[str, Any]) -> "Record":
-        """Makes a record of a manifest's fields, and refuses those that no array could have."""
-        values: dict[str, Any] = {**fields, "shape": tuple(fields["shape"])}
-        record = cls(**values)
-        if any(type(size) is not int or size < 0 for size in record.shape):
-            raise ValueError(f"{record.path}: no array has the shape {record.shape}")
-        if (record.shard is None) != (0 in record.shape):
-            raise ValueError(f"{record.path}: shape {record.shape} and shard {record.shard!r} contradict each other")
-        if record.dtype not in _STORED_AS_IS and not hasattr(ml_dtypes, record.dtype):
-            raise ValueError(f"{record.path}: no array has the dtype {record.dtype!r}")
-        return record
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array as stored."""
-        return math.prod(self.shape) * self.stored_dtype.itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One orbax folder.
-
-    Attributes:
-        name: the folder's name.
-        files: (size in bytes, CRC-32) by relative path.
-    """
-
-    name: str
-    files: dict[str, tuple[int, int]]
 
 
 class Writer:
@@ -119,7 +46,7 @@ class Writer:
 
         Args:
             path: its place in the tree.
-            leaf: a NumPy or JAX array, memory-mapped or not; a typed random key array also.
+            leaf: a NumPy or JAX array, memory-mapped or not; a typed random key array; what `Reader.open` gives.
 
         Returns:
             Its number.
@@ -127,7 +54,7 @@ class Writer:
         Raises:
             TypeError: a dtype that holds no numbers.
         """
-        array, key_impl = as_numbers(leaf)
+        array, key_impl = (spill(self.folder, leaf), None) if isinstance(leaf, Chunks) else as_numbers(leaf)
         stored = _to_stored(array, path)
         if self._pending and stored.nbytes + self.pending_bytes > SHARD_BYTES:
             self.flush()
@@ -178,7 +105,7 @@ def _write_shard(target: pathlib.Path, arrays: dict[str, np.ndarray]) -> Shard:
         checkpointer.save(target.absolute(), args=ocp.args.PyTreeSave(arrays))
     files = sorted(file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file())
     with ThreadPoolExecutor() as pool:
-        sums = pool.map(lambda file: _measure(target / file), files)
+        sums = pool.map(lambda file: measure(target / file), files)
         return Shard(target.name, dict(zip(files, sums, strict=True)))
 
 
@@ -222,14 +149,11 @@ class Reader:
                 yield number, _from_stored(loaded.pop(str(number)), self.records[number])
 
     def open(self, number: int) -> Chunks:
-        """Opens an array that is stored in its own dtype, for reading slices; raises what `read` does."""
+        """Opens an array for reading slices; raises what `read` does."""
         record = self.records[number]
         folder = self._checked_shard(record.shard, record.path)
-        return open_chunks(folder, str(number), record.shape, record.stored_dtype)
-
-    def stores_as_is(self, number: int) -> bool:
-        """Whether an array is stored in its own dtype."""
-        return self.records[number].dtype in _STORED_AS_IS
+        opened = open_chunks(folder, str(number), record.shape, record.stored_dtype)
+        return dataclasses.replace(opened, dtype=record.logical_dtype)
 
     def _checked_shard(self, name: str | None, path: str) -> pathlib.Path:
         """The folder of the shard said to hold the array at `path`, checked when it is first used."""
@@ -241,38 +165,8 @@ class Reader:
         return self.folder / name
 
 
-def check_shard(folder: pathlib.Path, shard: Shard) -> None:
-    """Compares a shard's files with the sizes and checksums taken when it was written."""
-    if not re.fullmatch(r"arrays-[0-9a-f]+", shard.name):
-        raise ValueError(f"{folder}: the manifest names a shard {shard.name!r}, which is none of ours")
-
-    def check(file: str) -> str | None:
-        path = folder / shard.name / file
-        if ".." in pathlib.PurePosixPath(file).parts or pathlib.PurePosixPath(file).is_absolute():
-            return f"{file}: lies outside the shard"
-        if not path.is_file():
-            return f"{shard.name}/{file}: missing"
-        size, checksum = shard.files[file]
-        if path.stat().st_size != size:
-            return f"{shard.name}/{file}: {path.stat().st_size} bytes, {size} were written"
-        return None if _measure(path)[1] == checksum else f"{shard.name}/{file}: its checksum differs"
-
-    with ThreadPoolExecutor() as pool:
-        wrong = [problem for problem in pool.map(check, shard.files) if problem]
-    if wrong:
-        raise ValueError(f"{folder}: the checkpoint is truncated or altered: {'; '.join(wrong)}")
-
-
 def _shard_name() -> str:
     return f"arrays-{uuid.uuid4().hex[:12]}"
-
-
-def _measure(file: pathlib.Path) -> tuple[int, int]:
-    size = checksum = 0
-    with file.open("rb") as stream:
-        while block := stream.read(_CHECK_BYTES):
-            size, checksum = size + len(block), zlib.crc32(block, checksum)
-    return size, checksum
 
 
 def _restore(target: pathlib.Path, held: list[tuple[int, Record]]) -> dict[str, np.ndarray]:
@@ -286,7 +180,7 @@ def _restore(target: pathlib.Path, held: list[tuple[int, Record]]) -> dict[str, 
 def _to_stored(array: np.ndarray, path: str) -> np.ndarray:
     if array.dtype.kind in "OSUMm" or array.dtype.names:
         raise TypeError(f"save: {path} is an array of dtype {array.dtype}; numbers are accepted")
-    if array.dtype.name not in _STORED_AS_IS:
+    if array.dtype.name not in STORED_AS_IS:
         if array.dtype.itemsize != 1:
             raise TypeError(f"save: {path} is an array of dtype {array.dtype}; accepted are the dtypes of jax.numpy")
         array = np.ascontiguousarray(array).view(np.uint8).reshape(array.shape)
@@ -299,4 +193,4 @@ def _from_stored(stored: np.ndarray, record: Record) -> np.ndarray:
             f"{record.path}: the shard holds {stored.dtype}{list(stored.shape)}, the manifest says"
             f" {record.stored_dtype}{list(record.shape)}"
         )
-    return stored if record.dtype in _STORED_AS_IS else stored.view(record.logical_dtype)
+    return stored if record.dtype in STORED_AS_IS else stored.view(record.logical_dtype)

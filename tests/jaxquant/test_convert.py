@@ -16,19 +16,20 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+import jaxquant._slices
+import jaxquant._sources
 import jaxquant.conversion
 import jaxquant.storage._journal
-import jaxquant.storage._sources
 from jaxquant import QArray, QuantConfig, Rule, load, quantize, save
 from jaxquant.__main__ import main
+from jaxquant._sources import open_source
 from jaxquant.algorithms.gptq import gptq
 from jaxquant.calibration._resume import Finished
-from jaxquant.checkpoint import read_manifest
 from jaxquant.conversion import convert, export
 from jaxquant.inspection import diff, inspect
 from jaxquant.interop import load_huggingface, save_huggingface
 from jaxquant.interop._safetensors import Pending, write_file
-from jaxquant.storage._sources import open_source
+from jaxquant.storage._manifest import read_manifest
 
 D, H, LAYERS = 64, 96, 3
 CONFIG = {"model_type": "llama", "num_hidden_layers": LAYERS, "tie_word_embeddings": True, "dtype": "float32"}
@@ -75,7 +76,7 @@ def test_slices_give_the_same_codes(tmp_path, rng, monkeypatch, preset):
         assert not config.default.activation.static
     params = random_params(rng)
     save(tmp_path / "float", params)
-    monkeypatch.setattr(jaxquant.conversion, "SLICE_BYTES", D * H * 4 // 5)
+    monkeypatch.setattr(jaxquant._slices, "SLICE_BYTES", D * H * 4 // 5)
     convert(tmp_path / "float", tmp_path / "out", config)
     assert_same(load(tmp_path / "out"), quantize(params, config))
 
@@ -162,7 +163,7 @@ def test_small_leaves_are_read_together_in_order_and_alone_out_of_it(tmp_path, m
     opened = []
     original = ocp.Checkpointer.restore
     monkeypatch.setattr(ocp.Checkpointer, "restore", lambda *a, **k: opened.append(0) or original(*a, **k))
-    monkeypatch.setattr(jaxquant.storage._sources, "AHEAD_BYTES", 16 * 820 // 4)  # a quarter of all
+    monkeypatch.setattr(jaxquant._sources, "AHEAD_BYTES", 16 * 820 // 4)  # a quarter of all
     source = open_source(tmp_path / "src")
     for leaf in source.leaves:
         np.testing.assert_array_equal(leaf.read(), tree[leaf.path])
@@ -367,7 +368,7 @@ def test_memory_is_bounded_by_a_leaf(tmp_path):
     done.check_returncode()
     assert (
         int(done.stdout)
-        < 2 * block.nbytes + 2 * jaxquant.storage._journal.FLUSH_BYTES + 2 * jaxquant.conversion.SLICE_BYTES
+        < 2 * block.nbytes + 2 * jaxquant.storage._journal.FLUSH_BYTES + 2 * jaxquant._slices.SLICE_BYTES
     )
     assert load(tmp_path / "out")["layers_7"]["mlp"]["up_proj"]["kernel"].shape == (rows, columns)
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxquant
+from jaxquant._sources import open_source, read_leaf
 from jaxquant.arrays._qarray import dequantize_array
 from jaxquant.interop import (
     _safetensors,
@@ -23,9 +24,8 @@ from jaxquant.interop import (
     load_huggingface,
     save_huggingface,
 )
-from jaxquant.interop._json import read_json
 from jaxquant.interop._safetensors import Pending, open_folder, read_header, write_file
-from jaxquant.storage._sources import open_source, read_leaf
+from jaxquant.storage._json import read_json
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "interop"
 NAMED = (ValueError, NotImplementedError, FileNotFoundError)

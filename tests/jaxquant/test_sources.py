@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxquant._slices
+import jaxquant._sources
 import jaxquant.conversion
-import jaxquant.storage._sources
 from jaxquant import QuantConfig, load, quantize, save
+from jaxquant._sources import open_source, read_leaf
 from jaxquant.conversion import convert
 from jaxquant.storage._chunks import Chunks, open_chunks
-from jaxquant.storage._sources import open_source, read_leaf
 
 TREE = {"layer": {"kernel": np.arange(24, dtype=np.float32).reshape(4, 6)}, "list": [np.ones(2, np.float16), {}]}
 LISTED = {"layer/kernel": TREE["layer"]["kernel"], "list/0": TREE["list"][0]}
@@ -95,7 +96,7 @@ def test_names_cannot_lead_out_of_the_folder(tmp_path, form):
 
 @pytest.fixture
 def large(monkeypatch):
-    monkeypatch.setattr(jaxquant.storage._sources, "AHEAD_BYTES", 16)
+    monkeypatch.setattr(jaxquant._sources, "AHEAD_BYTES", 16)
 
 
 @pytest.mark.parametrize(
@@ -105,13 +106,13 @@ def test_large_arrays_are_read_by_slices(tmp_path, large, use_ocdbt, use_zarr3):
     save_orbax(tmp_path / "a folder, 100%", use_ocdbt=use_ocdbt, use_zarr3=use_zarr3)
     source = open_source(tmp_path / "a folder, 100%")
     number = [leaf.path for leaf in source.leaves].index("layer/kernel")
-    opened = read_leaf(source, number, slices=True)
+    opened = read_leaf(source, number, opened=True)
     assert isinstance(opened, Chunks)
     assert opened.shape == (4, 6)
     for place in [(..., slice(0, 2)), (..., slice(2, 6)), 3]:
         np.testing.assert_array_equal(opened[place], TREE["layer"]["kernel"][place])
         assert opened[place].dtype == np.float32
-    assert isinstance(read_leaf(source, 1 - number, slices=True), np.ndarray)  # of four bytes
+    assert isinstance(read_leaf(source, 1 - number, opened=True), np.ndarray)  # of four bytes
 
 
 def test_a_sliced_array_that_is_not_what_the_metadata_say(tmp_path, large):
@@ -137,8 +138,8 @@ def test_a_large_weight_is_quantized_without_being_whole_in_memory(tmp_path, lar
     else:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(tmp_path / "src", tree)
-    monkeypatch.setattr(jaxquant.conversion, "SLICE_BYTES", 256 * 4 * 7)  # four slices
-    monkeypatch.setattr(jaxquant.storage._sources._Ahead, "take", lambda *_: pytest.fail("read whole"))
+    monkeypatch.setattr(jaxquant._slices, "SLICE_BYTES", 256 * 4 * 7)  # four slices
+    monkeypatch.setattr(jaxquant._sources._Ahead, "take", lambda *_: pytest.fail("read whole"))
     config = QuantConfig.preset("w4a16")
     convert(tmp_path / "src", tmp_path / "out", config)
     got, want = (jax.tree.leaves(params) for params in (load(tmp_path / "out"), quantize(tree, config)))

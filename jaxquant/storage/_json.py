@@ -1,4 +1,4 @@
-"""JSON files by others, read with limits."""
+"""JSON files, which may be anyone's, read with limits."""
 
 import json
 import math
@@ -8,12 +8,13 @@ from typing import Any
 SIZE_LIMIT = 32_000_000
 
 
-def read_json(file: pathlib.Path, content: bytes | None = None) -> dict[str, Any]:
+def read_json(file: pathlib.Path, content: bytes | None = None, *, size_limit: int = SIZE_LIMIT) -> dict[str, Any]:
     """Reads a JSON object.
 
     Args:
         file: the file, also named in errors.
         content: its bytes, where they are part of a file only.
+        size_limit: bytes that are accepted of a whole file.
 
     Returns:
         The object.
@@ -23,8 +24,8 @@ def read_json(file: pathlib.Path, content: bytes | None = None) -> dict[str, Any
             finite, or is no object.
     """
     if content is None:
-        if file.stat().st_size > SIZE_LIMIT:
-            raise ValueError(f"{file}: {file.stat().st_size} bytes of JSON; at most {SIZE_LIMIT} are accepted")
+        if file.stat().st_size > size_limit:
+            raise ValueError(f"{file}: {file.stat().st_size} bytes of JSON; at most {size_limit} are accepted")
         content = file.read_bytes()
     try:
         parsed = json.loads(content, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)

@@ -13,13 +13,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxquant.arrays._spec import QuantConfig
-from jaxquant.checkpoint import MANIFEST, Manifest, read_manifest
 from jaxquant.interop import Module, plan_huggingface
 from jaxquant.interop.huggingface import insert
 from jaxquant.storage._chunks import open_chunks
 from jaxquant.storage._companions import FOLDER as COMPANIONS
 from jaxquant.storage._leaf import Leaf
-from jaxquant.storage._manifest import decode_tree, encode_key, replace_leaves
+from jaxquant.storage._manifest import MANIFEST, Manifest, read_manifest
+from jaxquant.storage._nodes import decode_tree, encode_key, replace_leaves
 from jaxquant.storage._store import Reader
 
 _STUMBLES = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, AssertionError)
@@ -33,7 +33,7 @@ class Source:
 
     Attributes:
         kind: `"jaxquant"`, `"orbax"` or `"huggingface"`.
-        tree: the tree's node (see `jaxquant.storage._manifest`), with `{"leaf": number}` for each leaf.
+        tree: the tree's node (see `jaxquant.storage._nodes`), with `{"leaf": number}` for each leaf.
         leaves: the leaves by number.
         fingerprint: changes when the files do.
         manifest: of a jaxquant checkpoint.
@@ -98,13 +98,13 @@ def open_source(path: str | os.PathLike[str], *, modules: tuple[Module, ...] | N
     raise ValueError(f"{folder}: neither a jaxquant nor an orbax checkpoint nor a Hugging Face folder{hint}")
 
 
-def read_leaf(source: Source, number: int, *, slices: bool = False) -> Any:
+def read_leaf(source: Source, number: int, *, opened: bool = False) -> Any:
     """Reads a leaf, and names it in what goes wrong.
 
     Args:
         source: where from.
         number: which.
-        slices: slices of it are enough; a large one that is not mapped is then only opened.
+        opened: large arrays that are not mapped need not be read, only opened.
 
     Returns:
         The leaf.
@@ -114,7 +114,7 @@ def read_leaf(source: Source, number: int, *, slices: bool = False) -> Any:
     """
     leaf = source.leaves[number]
     try:
-        return leaf.read_slices() if slices and leaf.read_slices is not None else leaf.read()
+        return leaf.open() if opened and leaf.open is not None else leaf.read()
     except ValueError as error:
         raise ValueError(f"{leaf.path}: {error}") from error
 
@@ -160,14 +160,22 @@ def _open_ours(folder: pathlib.Path) -> Source:
         abstract = decode_tree(node, note, path)
         ahead.sizes.append(sum(manifest.records[number].nbytes for number in numbers))
         places.append((path, node, numbers))
-        sliced = isinstance(abstract, jax.ShapeDtypeStruct) and reader.stores_as_is(numbers[0])
-        read_slices = functools.partial(reader.open, numbers[0]) if sliced and ahead.sizes[-1] > AHEAD_BYTES else None
-        leaves.append(Leaf(path, ahead.sizes[-1], abstract, functools.partial(ahead.take, len(leaves)), read_slices))
+        opened = functools.partial(_open_node, reader, *places[-1]) if ahead.sizes[-1] > AHEAD_BYTES else None
+        leaves.append(Leaf(path, ahead.sizes[-1], abstract, functools.partial(ahead.take, len(leaves)), opened))
         return {"leaf": len(leaves) - 1}
 
     tree = replace_leaves(manifest.tree, add)
     mark, companions = _fingerprint(folder, MANIFEST), folder / COMPANIONS
     return Source("jaxquant", tree, tuple(leaves), mark, manifest, manifest.huggingface, companions=companions)
+
+
+def _open_node(reader: Reader, path: str, node: Any, numbers: list[int]) -> Any:
+    """A leaf of ours whose large arrays are opened; the others are read."""
+    records = reader.records
+    large = [n for n in numbers if records[n].nbytes > AHEAD_BYTES and records[n].key_impl is None]
+    arrays: dict[int, Any] = dict(reader.read([number for number in numbers if number not in large]))
+    arrays |= {number: reader.open(number) for number in large}
+    return decode_tree(node, arrays.__getitem__, path)
 
 
 def _read_ours(reader: Reader, places: dict[int, tuple[str, Any, list[int]]]) -> dict[int, Any]:
@@ -190,6 +198,8 @@ def _open_orbax(folder: pathlib.Path) -> Source:
         path = "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in place)
         if path.startswith("/"):  # tensorstore refuses ".." itself
             raise ValueError(f"{folder}: the parameter {path!r} would lie outside of it")
+        if not _is_metadata(leaf):
+            raise ValueError(f"{folder}: {path!r} is no array but {leaf!r}"[:300])
         abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         ahead.sizes.append(abstract.size * np.dtype(leaf.dtype).itemsize)
         large = ahead.sizes[-1] > AHEAD_BYTES
