@@ -6,8 +6,8 @@ Random weights, made on the device. `step_ms` is a call of the jitted step, gaps
 `kernel_ms` is what its kernels take by CUPTI, and `budget_ms` splits that by kernel; `loop_ms` is a step of so many
 under one `lax.scan`, as `generate` runs them, the host out of the way. Before anything is timed, one layer of the same
 widths is compared with the same codes multiplied by XLA. That every quantized product is in a launch of a kernel is
-asserted in the compiled program: of int4 weights four a layer (q, k and v together, gate and up together), of int8
-weights seven, and four activations quantized. Memory is the allocator's.
+asserted in the compiled program: four a layer (q, k and v together, gate and up together), and four more for the codes
+of activations. Memory is the allocator's.
 """
 
 import argparse
@@ -40,8 +40,8 @@ LLAMA3_8B = DecoderConfig(
 )
 CAPACITY = 1024  # tokens of the cache
 PRODUCTS = 7  # of a layer: q, k, v, o, gate, up, down
-# Launches a layer: int4 products are q with k and v, o, gate with up, down; codes of activations are made four times.
-LAUNCHES = {"w4a16": 4, "w8a8": PRODUCTS + 4, "w4a8": 4 + 4}
+# Launches a layer: q with k and v, o, gate with up, down; codes of activations are made before each of them.
+LAUNCHES = {"w4a16": 4, "w8a8": 4 + 4, "w4a8": 4 + 4}
 TREES = {"w4a16": ("w4a16", False), "w4a16+head": ("w4a16", True), "w8a8": ("w8a8", False), "w4a8": ("w4a8", False)}
 TIMED = {"decode": ("bf16", "w4a16", "w4a16+head"), "prefill": ("bf16", "w4a16", "w8a8", "w4a8")}
 TIMED["loop"] = TIMED["decode"]

@@ -12,13 +12,14 @@ from pallas_kernels.int4_matmul import pack as pack_fragments
 from pallas_kernels.int4_matmul import supports as fragments_support
 from pallas_kernels.int4_matmul import unpack as unpack_fragments
 from pallas_kernels.int4_matmul.core import packed_matmul
-from pallas_kernels.int8_matmul import int8_matmul
+from pallas_kernels.int8_matmul import Int8Weight, int8_matmul, int8_matmul_many
 from pallas_kernels.int8_matmul import pack as pack_int8
 from pallas_kernels.int8_matmul import unpack as unpack_int8
 
 __all__ = [
     "Cache",
     "Int4Weight",
+    "Int8Weight",
     "activation_quant",
     "attention",
     "decode_attention",
@@ -27,6 +28,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_supports",
     "int8_matmul",
+    "int8_matmul_many",
     "interleave",
     "kv_layout",
     "pack_fragments",

@@ -68,13 +68,19 @@ def compile_for_h200(fn, *args) -> tuple[str, tuple[KernelReport, ...]]:
       RuntimeError: if the CUDA plugin wheels are missing.
       ValueError: from the compiler, when a kernel exceeds the shared memory of the device.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        hlo = dumped_for_h200(fn, args, folder, MOSAIC_GPU_DUMP_PTXAS="1")
+        reports = tuple(_report(path) for path in sorted(pathlib.Path(folder).glob("*.ptxas")))
+    return hlo, reports
+
+
+def dumped_for_h200(fn, args: tuple, folder: str, **variables: str) -> str:
+    """Compile `fn` for an H200 while the kernels' compiler writes what `variables` name to a folder; gives the HLO."""
     sharding = _device_sharding()
     avals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
-    with tempfile.TemporaryDirectory() as folder:
-        with _environment(MOSAIC_GPU_DUMP_TO=folder, MOSAIC_GPU_DUMP_PTXAS="1"):
-            compiled = jax.jit(lambda *a: fn(*a)).lower(*avals).compile()
-        reports = tuple(_report(path) for path in sorted(pathlib.Path(folder).glob("*.ptxas")))
-    return compiled.as_text() or "", reports
+    with _environment(MOSAIC_GPU_DUMP_TO=folder, **variables):
+        compiled = jax.jit(lambda *a: fn(*a)).lower(*avals).compile()
+    return compiled.as_text() or ""
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxquant._kernels import Int4Weight, grouped_matmul, int8_matmul, packed_matmul
+from jaxquant._kernels import Int4Weight, Int8Weight, grouped_matmul, int8_matmul, int8_matmul_many, packed_matmul
 from jaxquant.arrays import _packed
 from jaxquant.arrays._dims import Dims
 from jaxquant.arrays._packed import FRAGMENT_LAYOUTS, INT4_LAYOUTS, INT8_LAYOUT, KERNEL_FORMATS, LOW_BIT_LAYOUT
@@ -99,7 +99,7 @@ def _launch(rows: Rows, weights: Sequence[QArray], all_dims: Sequence[Dims], dty
     """The products [*batch, *free of x, *free of the weight] of rows with weights that are packed alike."""
     operands = [_operands(q, dims) for q, dims in zip(weights, all_dims, strict=True)]
     if weights[0].layout == INT8_LAYOUT:
-        outs = [_int8_product(rows, operand, all_dims[0], dtype) for operand in operands]
+        outs = _int8_products(rows, operands, all_dims[0], dtype)
     elif all_dims[0].w_batch:
         outs = [_batched_product(rows, operand, dtype) for operand in operands]
     else:
@@ -132,20 +132,24 @@ def _batched_product(rows: Rows, operand: Int4Weight, dtype: jnp.dtype) -> jax.A
     return grouped_matmul(values, *leaves, group_sizes=jnp.full(count, each, jnp.int32), x_scale=scale, out_dtype=dtype)
 
 
-def _int8_product(rows: Rows, operand: Int4Weight, dims: Dims, dtype: jnp.dtype) -> jax.Array:
-    """Batches of matrices one by one."""
-    scale = operand.scale.astype(jnp.float32)
-    blocked = scale.shape[-2] > 1
-    outputs = None if blocked else scale.shape[-1]
+def _int8_products(rows: Rows, operands: Sequence[Int4Weight], dims: Dims, dtype: jnp.dtype) -> Sequence[jax.Array]:
+    """Products of codes: matrices side by side in one launch; batches of them and those of blocks one by one."""
+    scales = [operand.scale.astype(jnp.float32) for operand in operands]
+    if not dims.w_batch and all(scale.shape[0] == 1 for scale in scales):
+        weights = [Int8Weight(o.qweight, s, num_outputs=s.shape[1]) for o, s in zip(operands, scales, strict=True)]
+        return int8_matmul_many(rows.values, weights, rows.scale, x_zero_point=rows.zero_point, out_dtype=dtype)
 
     def multiply(
         x: jax.Array, x_scale: jax.Array | None, zero: jax.Array | None, codes: jax.Array, scale: jax.Array
     ) -> jax.Array:
+        outputs = None if scale.shape[0] > 1 else scale.shape[1]
         return int8_matmul(x, codes, scale, x_scale, x_zero_point=zero, num_outputs=outputs, out_dtype=dtype)
 
     for _ in dims.w_batch:
         multiply = jax.vmap(multiply)
-    return multiply(rows.values, rows.scale, rows.zero_point, operand.qweight, scale)
+    return [
+        multiply(rows.values, rows.scale, rows.zero_point, o.qweight, s) for o, s in zip(operands, scales, strict=True)
+    ]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))

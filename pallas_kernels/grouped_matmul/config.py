@@ -29,6 +29,8 @@ class Config:
         8-bit activations), or else the weights before it.
       row_tiles: 8-bit weights: accumulators of 64 outputs of a warpgroup, which share the rows' side of wgmma.
       strip: row tiles of an expert that are visited under one column of outputs (L2 locality).
+      split_k: int4 weights and few rows: blocks of a cluster that share a tile's inputs; their sums meet in distributed
+        shared memory.
     """
 
     block_m: int
@@ -38,11 +40,17 @@ class Config:
     scale_after: bool = False
     row_tiles: int = 1
     strip: int = 16
+    split_k: int = 1
 
     @property
     def block_n(self) -> int:
         """Outputs a tile."""
         return TILE * self.num_warpgroups * self.row_tiles
+
+    @property
+    def chunks(self) -> int:
+        """Pieces of a tile's rows, of 16 at least, that different blocks of a cluster add up."""
+        return max(q for q in range(1, self.split_k + 1) if self.block_m % (2 * ALIGNMENT * q) == 0)
 
     @property
     def multicast(self) -> int:
@@ -56,7 +64,7 @@ class Config:
             block_k=self.block_k,
             num_stages=self.num_stages,
             num_warpgroups=self.num_warpgroups,
-            split_k=1,
+            split_k=self.split_k,
             scale_after=self.scale_after,
         )
 
@@ -94,6 +102,8 @@ def supports(
         return _unsupported_8_bit(k // num_groups, num_groups, x_dtype, weight_dtype, scale_dtype, config)
     if config is not None and config.row_tiles > 1:
         return f"row_tiles = {config.row_tiles}; int4 weights take 1"
+    if config is not None and config.split_k > 1 and config.block_m > TILE:
+        return f"split_k = {config.split_k} of {config.block_m} rows; the inputs of at most {TILE} are split"
     dense = None if config is None else config.dense()
     return int4_config.supports(
         k, BLOCK, num_groups, x_dtype, config=dense, has_zero_point=has_zero_point, scale_dtype=scale_dtype
@@ -119,6 +129,8 @@ def _unsupported_8_bit(
         return f"groups of {group_size} inputs; with 8-bit weights the kernel takes multiples of {BLOCK}, or one group"
     if config is None:
         return None
+    if config.split_k > 1:
+        return f"split_k = {config.split_k}; 8-bit weights take 1"
     if num_groups > 1 and group_size % config.block_k and config.block_k % group_size:
         return f"block_k = {config.block_k} and groups of {group_size} do not divide one another"
     if config.block_k % BLOCK or config.scale_after:

@@ -20,14 +20,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._cluster_sum import add_over_cluster
 from pallas_kernels._shared_memory import tiled
 from pallas_kernels._warpgroups import copy_and_compute
 from pallas_kernels.grouped_matmul.config import ALIGNMENT, BLOCK, HOPPER_SMS, TILE, Config, tile_bound, widths
 from pallas_kernels.grouped_matmul.epilogue import PER_COLUMN, PER_ROW, STAGING, silu_mul, store_rows
 from pallas_kernels.grouped_matmul.product import product_of
 from pallas_kernels.grouped_matmul.tiles import find_tile, tile_map
-from pallas_kernels.int4_matmul.config import products_k
-from pallas_kernels.int4_matmul.formats import FORMATS
+from pallas_kernels.int4_matmul.config import num_clusters
+from pallas_kernels.int4_matmul.plan import ProductPlan
 
 
 def grouped_matmul_mosaic_gpu(
@@ -50,8 +51,9 @@ def grouped_matmul_mosaic_gpu(
     kernel = plgpu.kernel(
         lambda *args: _body(plan, dict(zip(names, args[:-1], strict=True)), args[-1]),
         out_type=jax.ShapeDtypeStruct((rows, plan.columns), plan.out_dtype),
-        grid=(plan.num_blocks,),
+        grid=(plan.num_clusters,),
         grid_names=("block",),
+        **plan.cluster,
         num_threads=config.num_warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
@@ -59,32 +61,31 @@ def grouped_matmul_mosaic_gpu(
     return kernel(*refs.values())
 
 
-class _Plan:
-    """The static geometry of one launch; the products of int4_matmul read it too."""
+class _Plan(ProductPlan):
+    """The static geometry of one launch."""
 
     def __init__(self, rows, x, qweight, scale, has_zero_point, activation, out_dtype, config):
-        self.config, self.gated, self.int4 = config, activation == "silu_mul", qweight.dtype == jnp.int32
-        self.dtype, self.scale_dtype, self.out_dtype = x.dtype, scale.dtype, jnp.dtype(out_dtype)
-        self.qtype, self.format = "int4", FORMATS["int4"]
-        self.has_zero_point, self.x_bytes = has_zero_point, x.dtype.itemsize
-        self.num_experts, num_groups, self.n = scale.shape
-        k = x.shape[1]
-        self.n_tiles, self.k_steps = pl.cdiv(self.n, config.block_n), pl.cdiv(k, config.block_k)
+        super().__init__(x, scale, has_zero_point, out_dtype, config)
+        self.gated, self.int4 = activation == "silu_mul", qweight.dtype == jnp.int32
+        self.num_experts, _, self.n = scale.shape
+        self.n_tiles = pl.cdiv(self.n, config.block_n)
         self.columns = self.n // 2 if self.gated else self.n
-        self.grouped = num_groups > 1
-        self.group_size = k // num_groups if self.grouped else self.k_steps * config.block_k
-        self.scale_rows = max(1, config.block_k // self.group_size)
-        # Inputs that share a scale inside a stage, and inputs of one call of wgmma.
-        self.group_k = min(self.group_size, config.block_k)
-        self.wgmma_k = products_k(config.block_k, self.group_size, self.x_bytes) if self.int4 else BLOCK
-        self.acc_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-        self.code_factor = 16.0 if self.int4 and x.dtype == jnp.int8 else 1.0  # what unpacking multiplies codes by
+        if not self.int4:
+            self.wgmma_k, self.code_factor = BLOCK, 1.0
         # A channel's scale of 8-bit products waits for the result.
         self.ring_scales = self.x_bytes == 2 or self.grouped
         self.widths = widths(config.block_m)
-        # Rows that are staged and stored at a time.
-        self.piece = math.gcd(self.widths[0] // 2 if self.gated else self.widths[0], TILE)
-        self.num_blocks = min(HOPPER_SMS, tile_bound(rows, self.num_experts, config.block_m) * self.n_tiles)
+        # Rows that are staged and stored at a time: of a tile, or of what a block of a cluster adds up of it.
+        held = self.widths[0] // config.chunks
+        self.piece = math.gcd(held // 2 if self.gated else held, TILE)
+        bound = tile_bound(rows, self.num_experts, config.block_m) * self.n_tiles
+        self.num_clusters = min(num_clusters(config.split_k, num_sms=HOPPER_SMS), bound)
+
+    @property
+    def cluster(self) -> dict:
+        """What the launch says of clusters."""
+        split = self.config.split_k
+        return {} if split == 1 else {"cluster": (split,), "cluster_names": ("split",)}
 
     def cut(self, width: int) -> "_Plan":
         """The plan for tiles of fewer rows."""
@@ -116,7 +117,22 @@ class _Plan:
             scratch["w"] = tiled((stages, c.block_n, c.block_k), self.dtype, BLOCK)
         for name in ("scale",) * self.ring_scales + ("zero",) * self.has_zero_point:
             scratch[name] = plgpu.SMEM((stages, self.scale_rows, c.block_n), self.scale_dtype)
+        if c.split_k > 1:
+            held = c.block_m // c.chunks
+            scratch |= {
+                "partial": tiled((c.num_warpgroups, c.split_k - 1, TILE, held), jnp.float32, min(held, 32)),
+                "arrived": plgpu.Barrier(num_arrivals=c.split_k - 1, num_barriers=c.num_warpgroups),
+                "free": plgpu.ClusterBarrier(collective_axes=("split",), num_barriers=c.num_warpgroups),
+            }
         return scratch
+
+    def steps(self, tile):
+        """The first and the last step along the inputs that this block takes of a tile."""
+        steps, split = jnp.where(tile.expert < self.num_experts, self.k_steps, 0), self.config.split_k
+        if split == 1:
+            return jnp.int32(0), steps
+        rank = lax.axis_index("split")
+        return lax.div(rank * steps, jnp.int32(split)), lax.div((rank + 1) * steps, jnp.int32(split))
 
 
 def _body(plan: _Plan, refs, out):
@@ -130,29 +146,29 @@ def _body(plan: _Plan, refs, out):
 
 
 def _for_each_tile(plan: _Plan, refs, visit):
-    """Call `visit(tile, column, steps, position)` for the row tiles and tiles of outputs of this block.
+    """Call `visit(count, tile, column, first_step, last_step, position)` for the tiles of this block's cluster.
 
-    The position counts the stages of the ring that have gone by. Returns the last one.
+    The position counts the stages of the ring that have gone by. Returns the number of tiles and the last position.
     """
-    block = lax.axis_index("block")
+    cluster = lax.axis_index("block")
     count = lax.div(
-        refs["slots"][plan.num_experts] * plan.n_tiles - block + plan.num_blocks - 1, jnp.int32(plan.num_blocks)
+        refs["slots"][plan.num_experts] * plan.n_tiles - cluster + plan.num_clusters - 1, jnp.int32(plan.num_clusters)
     )
 
     def step(i, position):
-        tile, column = find_tile(refs["tiles"], block + i * plan.num_blocks, plan.n_tiles)
-        steps = jnp.where(tile.expert < plan.num_experts, plan.k_steps, 0)
-        visit(tile, column, steps, position)
-        return position + steps
+        tile, column = find_tile(refs["tiles"], cluster + i * plan.num_clusters, plan.n_tiles)
+        first, last = plan.steps(tile)
+        visit(i, tile, column, first, last, position)
+        return position + (last - first)
 
-    return lax.fori_loop(0, count, step, jnp.int32(0))
+    return count, lax.fori_loop(0, count, step, jnp.int32(0))
 
 
 def _copy_tiles(plan: _Plan, refs, smem):
     """Stream every stage of this block's tiles through the ring."""
     c = plan.config
 
-    def visit(tile, column, steps, position):
+    def visit(_, tile, column, first, last, position):
         columns = pl.ds(column * c.block_n, c.block_n)
 
         def copy_stage(step, at):
@@ -179,34 +195,45 @@ def _copy_tiles(plan: _Plan, refs, smem):
                 plgpu.copy_gmem_to_smem(source, smem[name].at[slot], full)
             return at + 1
 
-        lax.fori_loop(0, steps, copy_stage, position)
+        lax.fori_loop(first, last, copy_stage, position)
 
-    position = _for_each_tile(plan, refs, visit)
+    _, position = _for_each_tile(plan, refs, visit)
     for slot in range(c.num_stages):  # Every phase of a barrier is waited for once.
         pl.when(position > slot)(lambda slot=slot: plgpu.barrier_wait(smem["empty"].at[slot]))
 
 
 def _compute_tiles(plan: _Plan, warpgroup, refs, out, smem):
-    """Multiply this warpgroup's 64 outputs of every tile, finish them, store."""
+    """Multiply this warpgroup's 64 outputs of every tile, reduce over the cluster, finish, store."""
     c = plan.config
 
-    def visit(tile, column, steps, position):
+    def visit(count, tile, column, first, last, position):
         def multiply(width):
             narrow = plan.cut(width)
             rows = smem | {"x": smem["x"].at[:, pl.ds(0, width)]}
-            totals = product_of(narrow)(narrow, warpgroup, rows, 0, steps, position)
+            totals = product_of(narrow)(narrow, warpgroup, rows, first, last, position)
             for i, sums in enumerate(totals):
                 first_column = column * c.block_n + (warpgroup * c.row_tiles + i) * TILE
-                _finish(narrow, warpgroup, refs, out, smem, sums, tile, first_column)
+
+                def finish(sums, start, first_column=first_column):
+                    _finish(narrow, warpgroup, refs, out, smem, sums, tile, start, first_column)
+
+                if c.split_k == 1:
+                    finish(sums, 0)
+                else:
+                    shared = {name: smem[name].at[warpgroup] for name in ("partial", "arrived", "free")}
+                    add_over_cluster(sums, count, finish, axis="split", split=c.split_k, chunks=c.chunks, **shared)
 
         plan.for_width(tile, multiply)
 
-    _for_each_tile(plan, refs, visit)
+    tiles, _ = _for_each_tile(plan, refs, visit)
+    if c.split_k > 1:  # A block must outlive the arrivals of its peers.
+        pl.when(tiles > 0)(lambda: plgpu.barrier_wait(smem["free"].at[warpgroup]))
 
 
-def _finish(plan: _Plan, warpgroup, refs, out, smem, sums, tile, first_column):
-    """Scale a tile's sums, apply the activation, store."""
-    own = pl.ds(tile.first * ALIGNMENT, plan.config.block_m)
+def _finish(plan: _Plan, warpgroup, refs, out, smem, sums, tile, start: int, first_column):
+    """Scale the sums of a tile's rows from `start` on, apply the activation, store."""
+    first_row = tile.first * ALIGNMENT + start if start else tile.first * ALIGNMENT
+    own = pl.ds(first_row, sums.shape[1])
     of_row = {
         name: plgpu.load(refs[name].at[own], layout=PER_COLUMN, optimized=False)
         for name in ("x_scale", "row_scale")
@@ -229,10 +256,10 @@ def _finish(plan: _Plan, warpgroup, refs, out, smem, sums, tile, first_column):
         sums, first_column = silu_mul(sums, row_scale), lax.div(first_column, jnp.int32(2))
     elif row_scale is not None:
         sums = sums * lax.broadcast_in_dim(row_scale, sums.shape, (1,))
-    _store(plan, warpgroup, out, smem, sums, tile, first_column)
+    _store(plan, warpgroup, out, smem, sums, tile, first_row, first_column)
 
 
-def _store(plan: _Plan, warpgroup, out, smem, values, tile, first_column):
+def _store(plan: _Plan, warpgroup, out, smem, values, tile, first_row, first_column):
     """Write `[64 outputs, rows]` to the rows of `out` that are the expert's, a piece of rows at a time."""
     staging = smem["out"].at[warpgroup]
     for start in range(0, values.shape[1], plan.piece):
@@ -240,7 +267,7 @@ def _store(plan: _Plan, warpgroup, out, smem, values, tile, first_column):
         store_rows(
             staging,
             out,
-            tile.first * ALIGNMENT + start,
+            first_row + start,
             tile.low,
             tile.high,
             first_column,

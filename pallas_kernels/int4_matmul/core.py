@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._batching import foldable
 from pallas_kernels.int4_matmul.choice import default_config
 from pallas_kernels.int4_matmul.config import Config, supports
 from pallas_kernels.int4_matmul.formats import FORMATS
@@ -170,32 +171,7 @@ _multiply_jit = jax.jit(_multiply, static_argnums=0)
 
 @functools.cache
 def _batchable(call):
-    """The product with its vmap rule: batched tokens fold into M, batched weights are mapped over."""
-
-    @jax.custom_batching.custom_vmap
-    def product(rows, weights):
-        return _dispatch(call, rows, weights)
-
-    @product.def_vmap
-    def batched(axis_size, in_batched, rows, weights):
-        every = [True] * len(weights)
-        leaves, tree = jax.tree.flatten((rows, weights))
-        flags = jax.tree.leaves(in_batched)
-        if not any(jax.tree.leaves(in_batched[1])):
-            whole = [a if flag else jnp.broadcast_to(a, (axis_size, *a.shape)) for a, flag in zip(rows, in_batched[0],
-                     strict=True) if a is not None]  # fmt: skip
-            folded = [a.reshape(-1, a.shape[-1]) for a in whole]
-            outs = product((*folded, None)[:2], weights)
-            return tuple(out.reshape(axis_size, -1, out.shape[-1]) for out in outs), tuple(every)
-        mapped = [leaf if flag else None for leaf, flag in zip(leaves, flags, strict=True)]
-
-        def one(slices):
-            held = [s if flag else leaf for s, leaf, flag in zip(slices, leaves, flags, strict=True)]
-            return product(*tree.unflatten(held))
-
-        return jax.lax.map(one, mapped), tuple(every)
-
-    return product
+    return foldable(functools.partial(_dispatch, call))
 
 
 def _dispatch(call, rows, weights):

@@ -21,7 +21,6 @@ multiple of 64.
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +30,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._cluster_sum import add_over_cluster
 from pallas_kernels._shared_memory import tiled
+from pallas_kernels._tiles import WeightTiles, for_each_tile
 from pallas_kernels._warpgroups import REGISTERS, copy_and_compute
-from pallas_kernels.int4_matmul.config import Config, num_clusters, products_k
-from pallas_kernels.int4_matmul.formats import FORMATS
+from pallas_kernels.int4_matmul.config import Config, num_clusters
 from pallas_kernels.int4_matmul.layout import TILE
 from pallas_kernels.int4_matmul.operand import COLUMNS, ROWS
+from pallas_kernels.int4_matmul.plan import ProductPlan
 from pallas_kernels.int4_matmul.products import product_of
 
 # Two compute warpgroups hold long sums in pairs: they take all that the copying one can give.
@@ -81,32 +81,16 @@ def int4_matmul_mosaic_gpu(
     return tuple(out if x.shape[0] == tokens else out[:tokens] for out in outs)
 
 
-class _Plan:
+class _Plan(ProductPlan):
     """The static geometry of one launch."""
 
     def __init__(self, x, weights, out_dtype, qtype, config):
-        m, k = x.shape
         _, scale, zero_point, _ = weights[0]
-        num_groups = scale.shape[0]
-        self.config, self.dtype, self.scale_dtype = config, x.dtype, scale.dtype
-        self.qtype, self.format = qtype, FORMATS[qtype]
-        self.has_zero_point, self.out_dtype = zero_point is not None, out_dtype
-        self.x_bytes, self.grouped = x.dtype.itemsize, num_groups > 1
-        self.acc_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-        self.code_factor = 16.0 if x.dtype == jnp.int8 else 1.0  # what `unpack_int4_bytes` multiplies codes by
-        self.ring_scales = self.grouped or self.has_zero_point  # A channel's scale waits for the result.
+        super().__init__(x, scale, zero_point is not None, out_dtype, config, qtype)
         # 32-bit registers do not transpose into shared memory without bank conflicts.
         self.transposed_out = out_dtype.itemsize == 4
-        # The output tiles of all weights are numbered through; a tile belongs to one.
-        counts = [pl.cdiv(qweight.shape[0], config.num_warpgroups) for qweight, *_ in weights]
-        self.first_tiles = list(itertools.accumulate(counts[:-1], initial=0))
-        self.m_tiles, self.n_tiles = pl.cdiv(m, config.block_m), sum(counts)
-        self.k_steps = pl.cdiv(k, config.block_k)
-        self.group_size = k // num_groups if num_groups > 1 else pl.cdiv(k, config.block_k) * config.block_k
-        self.scale_rows = max(1, config.block_k // self.group_size)
-        # Inputs that share a scale inside a stage, and inputs of one call of wgmma.
-        self.group_k = min(self.group_size, config.block_k)
-        self.wgmma_k = products_k(config.block_k, self.group_size, self.x_bytes)
+        self.weights = WeightTiles([pl.cdiv(qweight.shape[0], config.num_warpgroups) for qweight, *_ in weights])
+        self.m_tiles, self.n_tiles = pl.cdiv(x.shape[0], config.block_m), self.weights.count
         self.chunks = config.chunks
         self.chunk_m = config.block_m // config.chunks
         self.piece_m = min(self.chunk_m, 64)
@@ -121,7 +105,7 @@ class _Plan:
         """What the kernel writes for one weight."""
         return jax.ShapeDtypeStruct((n, m) if self.transposed_out else (m, n), self.out_dtype)
 
-    def tile(self, index):
+    def tile(self, index, _):
         """Token and output tile of a block, from the linear index of its cluster's tiles."""
         if self.m_tiles == 1:
             m_tile, n_tile = jnp.int32(0), index
@@ -129,17 +113,10 @@ class _Plan:
             m_tile, n_tile = plgpu.planar_snake(index, self.shape, 1, self.config.snake_width)
         return m_tile, n_tile * self.config.multicast + lax.axis_index("peer")
 
-    def in_weight(self, n_tile, visit):
-        """Call `visit(weight, tile of that weight)` for the weight that an output tile belongs to."""
-        ends = [*self.first_tiles[1:], None]
-        for weight, (first, end) in enumerate(zip(self.first_tiles, ends, strict=True)):
-            here = functools.partial(visit, weight, n_tile - first)
-            if first == 0 and end is None:
-                here()
-            elif end is None:
-                pl.when(n_tile >= first)(here)
-            else:
-                pl.when((n_tile >= first) & (n_tile < end))(here)
+    def steps(self, rank):
+        """The first and the last step along the inputs that a block of the cluster takes."""
+        split = self.config.split_k
+        return lax.div(rank * self.k_steps, split), lax.div((rank + 1) * self.k_steps, split)
 
     def scratch(self):
         """Shared memory and barriers, by name."""
@@ -189,25 +166,6 @@ def _body(plan: _Plan, weights_tree, x, *refs):
     )
 
 
-def _for_each_tile(plan: _Plan, visit):
-    """Call `visit(count, m_tile, n_tile, first_step, last_step, position)`, which returns the ring's next position.
-
-    Returns:
-      The position after the last tile.
-    """
-    cluster, rank = lax.axis_index("tile"), lax.axis_index("split")
-    split = plan.config.split_k
-    first, last = lax.div(rank * plan.k_steps, split), lax.div((rank + 1) * plan.k_steps, split)
-    tiles = plan.shape[0] * plan.shape[1]
-    count = lax.div(tiles - cluster + plan.num_clusters - 1, plan.num_clusters)
-
-    def step(i, position):
-        m_tile, n_tile = plan.tile(cluster + i * plan.num_clusters)
-        return visit(i, m_tile, n_tile, first, last, position)
-
-    return lax.fori_loop(0, count, step, jnp.int32(0))
-
-
 def _copy_tiles(plan: _Plan, x, weights, smem):
     """Stream every stage of this block's tiles through the ring."""
     c = plan.config
@@ -238,16 +196,16 @@ def _copy_tiles(plan: _Plan, x, weights, smem):
             plgpu.copy_gmem_to_smem(zero.at[rows, columns], smem["zero"].at[slot], full)
 
     def visit(_, m_tile, n_tile, first, last, position):
-        def stream(weight, tile):
+        def stream(weight, first_tile):
             def stage(step, _):
-                copy_stage(weight, m_tile, tile, step, position + (step - first))
+                copy_stage(weight, m_tile, n_tile - first_tile, step, position + (step - first))
 
             lax.fori_loop(first, last, stage, None)
 
-        plan.in_weight(n_tile, stream)
+        plan.weights.within(n_tile, stream)
         return position + (last - first)
 
-    position = _for_each_tile(plan, visit)
+    _, position = for_each_tile(plan, "split", visit)
     for slot in range(c.num_stages):  # Every phase of a barrier is waited for once.
         pl.when(position > slot)(lambda slot=slot: plgpu.barrier_wait(smem["empty"].at[slot]))
 
@@ -266,15 +224,15 @@ def _compute_tiles(plan: _Plan, warpgroup, weights, x_scale, outs, smem):
             plgpu.barrier_wait(smem["x_scale_full"].at[warpgroup])
 
         def store(value, column):
-            def write(weight, tile):
-                first_n, out = tile * c.block_n + warpgroup * TILE, outs[weight]
+            def write(weight, first_tile):
+                first_n, out = (n_tile - first_tile) * c.block_n + warpgroup * TILE, outs[weight]
                 put = functools.partial(
                     _store, plan, warpgroup, weights[weight], out, smem, first_n, first_m, value, column
                 )
                 ragged = weights[weight][0].shape[0] % c.num_warpgroups
                 pl.when(first_n < weights[weight][0].shape[0] * TILE)(put) if ragged else put()
 
-            plan.in_weight(n_tile, write)
+            plan.weights.within(n_tile, write)
 
         if c.split_k == 1:
             store(total, 0)
@@ -283,7 +241,7 @@ def _compute_tiles(plan: _Plan, warpgroup, weights, x_scale, outs, smem):
             add_over_cluster(total, count, store, axis="split", split=c.split_k, chunks=plan.chunks, **shared)
         return position + (last - first)
 
-    _for_each_tile(plan, visit)
+    for_each_tile(plan, "split", visit)
     if c.split_k > 1:  # A block must outlive the arrivals of its peers.
         plgpu.barrier_wait(smem["free"].at[warpgroup])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

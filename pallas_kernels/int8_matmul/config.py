@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.int8_matmul.layout import BLOCK
 
 HOPPER_SMS = 132
+TILE = 64  # rows of one wgmma
 SHARED_MEMORY_BYTES = 232448 - 1024  # less barriers and alignment
 COPY_ALIGNMENT = 128  # bytes: where in shared memory the copy engine can write to
 
@@ -111,7 +112,13 @@ def num_clusters(size: int, num_sms: int = HOPPER_SMS) -> int:
 
 
 def supports(
-    x_dtype, *, blocked: bool, mixed: bool = False, config: Config | None = None, out_dtype=jnp.bfloat16
+    x_dtype,
+    *,
+    blocked: bool,
+    mixed: bool = False,
+    several: bool = False,
+    config: Config | None = None,
+    out_dtype=jnp.bfloat16,
 ) -> str | None:
     """Say why the Hopper kernel cannot take a problem, or None if it can.
 
@@ -119,6 +126,7 @@ def supports(
         x_dtype: dtype of both operands' codes.
         blocked: both scales are blocked, x's by 1 x 128 and the weight's by 128 x 128.
         mixed: only one of them is.
+        several: one launch takes several weights.
         config: a configuration to check with it.
         out_dtype: of the result.
     """
@@ -136,6 +144,8 @@ def supports(
         return f"blocked scales with block_n = {config.block_n}; it must be {BLOCK}"
     if blocked and 4 * config.block_m * config.block_k // BLOCK % COPY_ALIGNMENT:
         return f"blocked scales of a {config.block_m} x {config.block_k} stage, which are no multiple of 128 bytes"
+    if several and (blocked or (jnp.dtype(x_dtype) != jnp.int8 and config.rows > TILE * config.num_warpgroups)):
+        return "several weights with block scales, or 128 rows of fp8 totals a warpgroup: their epilogues spill"
     used = config.shared_memory_bytes(out_dtype)
     return f"{used} bytes of shared memory, at most {SHARED_MEMORY_BYTES}" if used > SHARED_MEMORY_BYTES else None
 

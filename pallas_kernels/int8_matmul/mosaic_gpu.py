@@ -16,8 +16,6 @@ rows, so that a tile of 8 tokens wastes nothing, and the product comes out trans
 Ragged tiles cost nothing: the copy engine fills reads out of bounds with zeros and drops such writes.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -26,46 +24,58 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._cluster_sum import add_over_cluster
 from pallas_kernels._shared_memory import tiled
+from pallas_kernels._tiles import WeightTiles, for_each_tile
 from pallas_kernels._warpgroups import copy_and_compute
 from pallas_kernels.int8_matmul.config import COPY_ALIGNMENT, Config, num_clusters, shares_x
 from pallas_kernels.int8_matmul.layout import BLOCK
 from pallas_kernels.int8_matmul.products import PER_COLUMN, PER_ROW, TILE, exact_product, promoted_product
 
+_OF_A_WEIGHT = ("weight", "w_scale", "weight_sum", "bias")
 
-def int8_matmul_mosaic_gpu(x, weight, x_scale, w_scale, x_zero_point, weight_sum, bias, *, out_dtype, config: Config):
+
+def int8_matmul_mosaic_gpu(x, x_scale, x_zero_point, weights, *, out_dtype, config: Config) -> tuple[jax.Array, ...]:
     """Launch the kernel.
 
     Args:
         x: codes [M, K], K a multiple of 128.
-        weight: codes [N, K], N a multiple of 128.
         x_scale: float32 [M], [1], or [K / 128, M].
-        w_scale: [N], [1], or [K / 128, N / 128] with such an x_scale.
         x_zero_point: int32 [M], or None.
-        weight_sum: int32 [N], or None; goes with x_zero_point.
-        bias: [N], or None.
-        out_dtype: of the result.
+        weights: (codes [N, K], scale, sum | None, bias | None) of each, alike: N a multiple of 128, a scale of [N], [1]
+            or, of one weight with such an x_scale, [K / 128, N / 128]; int32 sums [N] with x_zero_point.
+        out_dtype: of the results.
         config: how to cut the problem.
 
     Returns:
-        [M, N].
+        [M, N] for each weight.
     """
     tokens = x.shape[0]
     if tokens > 8:  # The copy engine addresses x in tiles of 8 rows.
         x = jnp.pad(x, ((0, -tokens % 8), (0, 0)))
     if x_scale.ndim == 2:  # Its rows must be 16 bytes apart.
         x_scale = jnp.pad(x_scale, ((0, 0), (0, -tokens % 4)))
-    vectors = {
+    (weight, w_scale, weight_sum, bias), *others = weights
+    first = {
+        "x": x,
+        "weight": weight,
         "x_scale": x_scale,
         "w_scale": w_scale,
         "x_zero_point": x_zero_point,
         "weight_sum": weight_sum,
         "bias": bias,
     }
-    vectors = {name: value for name, value in vectors.items() if value is not None}
-    plan = _Plan(x, weight, vectors, jnp.dtype(out_dtype), config)
+    first = {name: operand for name, operand in first.items() if operand is not None}
+    own = [name for name in _OF_A_WEIGHT if name in first]
+    rest = [operand for other in others for operand in other if operand is not None]
+    plan = _Plan(first, [w[0].shape[0] for w in weights], jnp.dtype(out_dtype), config)
+
+    def body(*refs):
+        refs, outs = refs[: -len(weights)], refs[-len(weights) :]
+        part, more = dict(zip(first, refs, strict=False)), iter(refs[len(first) :])
+        _body(plan, [part, *(part | {name: next(more) for name in own} for _ in others)], outs)
+
     kernel = plgpu.kernel(
-        lambda *refs: _body(plan, refs[0], refs[1], dict(zip(vectors, refs[2:-1], strict=True)), refs[-1]),
-        out_type=jax.ShapeDtypeStruct((plan.m, plan.n), plan.out_dtype),
+        body,
+        out_type=[jax.ShapeDtypeStruct((plan.m, w[0].shape[0]), plan.out_dtype) for w in weights],
         grid=(plan.num_clusters,),
         grid_names=("tile",),
         cluster=(config.cluster,),
@@ -74,27 +84,29 @@ def int8_matmul_mosaic_gpu(x, weight, x_scale, w_scale, x_zero_point, weight_sum
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    return kernel(x, weight, *vectors.values())[:tokens]
+    outs = kernel(*first.values(), *rest)
+    return tuple(out[:tokens] for out in outs)
 
 
 class _Plan:
     """The static geometry of one launch. Rows and columns are those of wgmma's accumulator."""
 
-    def __init__(self, x, weight, vectors, out_dtype, config):
+    def __init__(self, operands, outputs, out_dtype, config):
+        x = operands["x"]
         self.config, self.dtype, self.out_dtype = config, x.dtype, out_dtype
-        (self.m, self.k), self.n = x.shape, weight.shape[0]
-        self.blocked = vectors["x_scale"].ndim == 2
+        self.m, self.k = x.shape
+        self.blocked = operands["x_scale"].ndim == 2
         self.promoted = x.dtype != jnp.int8 or self.blocked
         self.acc_dtype = jnp.float32 if x.dtype != jnp.int8 else jnp.int32
         # Vectors that a tile needs a stretch of, by the dimension they lie along; scalars are read where they are used.
         self.tile_vectors = {
             name: (config.block_m if name.startswith("x_") else config.block_n, value.dtype)
-            for name, value in vectors.items()
-            if not self.blocked or name == "bias"
-            if value.shape != (1,)
+            for name, value in operands.items()
+            if name == "bias" or (value.ndim == 1 and value.shape != (1,))
         }
         self.row_tiles = config.rows // config.num_warpgroups // TILE
-        self.m_tiles, self.n_tiles = pl.cdiv(self.m, config.block_m), pl.cdiv(self.n, config.block_n)
+        self.weights = WeightTiles([pl.cdiv(n, config.block_n) for n in outputs])
+        self.m_tiles, self.n_tiles = pl.cdiv(self.m, config.block_m), self.weights.count
         self.k_steps = pl.cdiv(self.k, config.block_k)
         self.groups = config.block_k // BLOCK
         self.piece = config.piece(out_dtype)
@@ -108,7 +120,7 @@ class _Plan:
         self.num_clusters = min(num_clusters(config.cluster), self.shape[0] * self.shape[1])
 
     def tile(self, index, rank):
-        """Token and output tile of a cluster's linear index."""
+        """Token and output tile of a block of a cluster, from the linear index of the cluster's tiles."""
         if self.shape[0] == 1:
             m_tile, n_tile = jnp.int32(0), index
         else:
@@ -118,6 +130,13 @@ class _Plan:
         if self.shares_x:
             return m_tile, n_tile * self.config.multicast + rank
         return m_tile * self.config.multicast + rank, n_tile
+
+    def steps(self, rank):
+        """The first and the last step along the inputs that a block of the cluster takes."""
+        split = self.config.split_k
+        if split == 1:
+            return jnp.int32(0), jnp.int32(self.k_steps)
+        return lax.div(rank * self.k_steps, split), lax.div((rank + 1) * self.k_steps, split)
 
     def scratch(self):
         """Shared memory and barriers, by name."""
@@ -155,66 +174,58 @@ def _aligned(size: int, dtype) -> int:
     return -(-size // per_line) * per_line
 
 
-def _body(plan: _Plan, x, weight, vectors, out):
-    """One block: its last warpgroup copies, the others compute."""
+def _body(plan: _Plan, parts, outs):
+    """One block: its last warpgroup copies, the others compute. `parts` are the operands by name, for each weight."""
     copy_and_compute(
         plan.config.num_warpgroups,
         plan.scratch(),
-        copy=lambda shared: _copy_tiles(plan, x, weight, vectors, shared),
-        compute=lambda warpgroup, shared: _compute_tiles(plan, warpgroup, vectors, out, shared),
+        copy=lambda shared: _copy_tiles(plan, parts, shared),
+        compute=lambda warpgroup, shared: _compute_tiles(plan, warpgroup, parts, outs, shared),
     )
 
 
-def _for_each_tile(plan: _Plan, visit):
-    """Call `visit(count, m_tile, n_tile, first_step, last_step, position)` for this block's tiles.
-
-    The position counts the stages of the ring that have gone by; `visit` returns it as it is after the tile. Returns
-    the number of tiles and the last position.
-    """
-    cluster, rank = lax.axis_index("tile"), lax.axis_index("peer")
-    split = plan.config.split_k
-    first, last = jnp.int32(0), jnp.int32(plan.k_steps)
-    if split > 1:
-        first, last = lax.div(rank * plan.k_steps, split), lax.div((rank + 1) * plan.k_steps, split)
-    tiles = plan.shape[0] * plan.shape[1]
-    count = lax.div(tiles - cluster + plan.num_clusters - 1, plan.num_clusters)
-
-    def step(i, position):
-        m_tile, n_tile = plan.tile(cluster + i * plan.num_clusters, rank)
-        return visit(i, m_tile, n_tile, first, last, position)
-
-    return count, lax.fori_loop(0, count, step, jnp.int32(0))
-
-
-def _copy_tiles(plan: _Plan, x, weight, vectors, smem):
+def _copy_tiles(plan: _Plan, parts, smem):
     """Stream every stage of this block's tiles through the ring."""
     c = plan.config
     shared = ("peer",) if c.multicast > 1 else None
     x_peers, weight_peers = (shared, None) if plan.shares_x else (None, shared)
 
-    def copy_stage(tokens, outputs, step, position):
+    def copy_stage(part, tokens, outputs, step, position):
         slot = lax.rem(position, jnp.int32(c.num_stages))
         pl.when(position >= c.num_stages)(lambda: plgpu.barrier_wait(smem["empty"].at[slot]))
         inputs, full = pl.ds(step * c.block_k, c.block_k), smem["full"].at[slot]
-        plgpu.copy_gmem_to_smem(weight.at[outputs, inputs], smem["weight"].at[slot], full, collective_axes=weight_peers)
-        plgpu.copy_gmem_to_smem(x.at[tokens, inputs], smem["x"].at[slot], full, collective_axes=x_peers)
+        weight, x = part["weight"].at[outputs, inputs], part["x"].at[tokens, inputs]
+        plgpu.copy_gmem_to_smem(weight, smem["weight"].at[slot], full, collective_axes=weight_peers)
+        plgpu.copy_gmem_to_smem(x, smem["x"].at[slot], full, collective_axes=x_peers)
         if plan.blocked:
             groups = pl.ds(step * plan.groups, plan.groups)
-            plgpu.copy_gmem_to_smem(vectors["x_scale"].at[groups, tokens], smem["group_scale"].at[slot], full)
-        return position + 1
+            plgpu.copy_gmem_to_smem(part["x_scale"].at[groups, tokens], smem["group_scale"].at[slot], full)
+
+    def copy_vectors(part, count, tokens, outputs):
+        place = lax.rem(count, jnp.int32(2))
+        pl.when(count >= 2)(lambda: plgpu.barrier_wait(smem["vectors_empty"].at[place]))
+        for name, ref in smem["vectors"].items():
+            along = tokens if name.startswith("x_") else outputs
+            slot = ref.at[place, pl.ds(0, along.size)]
+            plgpu.copy_gmem_to_smem(part[name].at[along], slot, smem["vectors_full"].at[place])
 
     def visit(count, m_tile, n_tile, first, last, position):
-        tokens, outputs = pl.ds(m_tile * c.block_m, c.block_m), pl.ds(n_tile * c.block_n, c.block_n)
-        if plan.tile_vectors:
-            place = lax.rem(count, jnp.int32(2))
-            pl.when(count >= 2)(lambda: plgpu.barrier_wait(smem["vectors_empty"].at[place]))
-            for name, ref in smem["vectors"].items():
-                along = tokens if name.startswith("x_") else outputs
-                slot = ref.at[place, pl.ds(0, along.size)]
-                plgpu.copy_gmem_to_smem(vectors[name].at[along], slot, smem["vectors_full"].at[place])
-        return lax.fori_loop(first, last, lambda step, at: copy_stage(tokens, outputs, step, at), position)
+        def stream(weight, first_tile):
+            tokens, tile = m_tile * c.block_m, n_tile - first_tile
+            where = pl.ds(tokens, c.block_m), pl.ds(tile * c.block_n, c.block_n)
+            if plan.tile_vectors:
+                copy_vectors(parts[weight], count, *where)
 
-    tiles, position = _for_each_tile(plan, visit)
+            def stage(step, at):
+                copy_stage(parts[weight], *where, step, at)
+                return at + 1
+
+            return lax.fori_loop(first, last, stage, position)
+
+        reached = plan.weights.within(n_tile, stream)
+        return position + (last - first) if reached is None else reached
+
+    tiles, position = for_each_tile(plan, "peer", visit)
     _await_last(smem["empty"], position, c.num_stages)
     if plan.tile_vectors:
         _await_last(smem["vectors_empty"], tiles, 2)
@@ -229,19 +240,26 @@ def _await_last(barriers, count, slots: int):
         pl.when(at >= 0)(lambda: plgpu.barrier_wait(barriers.at[lax.rem(at, jnp.int32(slots))]))
 
 
-def _compute_tiles(plan: _Plan, warpgroup, vectors, out, smem):
+def _compute_tiles(plan: _Plan, warpgroup, parts, outs, smem):
     """Multiply this warpgroup's rows of every tile, reduce over the cluster, scale, store."""
     c = plan.config
     product = promoted_product if plan.promoted else exact_product
 
     def visit(count, m_tile, n_tile, first, last, position):
         first_m, first_n = m_tile * c.block_m, n_tile * c.block_n
-        totals = product(plan, warpgroup, vectors, smem, first, last, position, first_n)
+        totals = product(plan, warpgroup, parts[0], smem, first, last, position, first_n)  # blocks: of one weight only
         if plan.tile_vectors:
             plgpu.barrier_wait(smem["vectors_full"].at[lax.rem(count, jnp.int32(2))])
         for i, total in enumerate(totals):
             row = (warpgroup * plan.row_tiles + i) * TILE
-            store = functools.partial(_store, plan, warpgroup, vectors, out, smem, count, row, first_m, first_n)
+
+            def store(value, column, row=row):
+                def write(weight, first_tile):
+                    where = row, first_m, first_n - first_tile * c.block_n
+                    _store(plan, warpgroup, parts[weight], outs[weight], smem, count, *where, value, column)
+
+                plan.weights.within(n_tile, write)
+
             if c.split_k == 1:
                 store(total, 0)
             else:
@@ -251,17 +269,17 @@ def _compute_tiles(plan: _Plan, warpgroup, vectors, out, smem):
             plgpu.barrier_arrive(smem["vectors_empty"].at[lax.rem(count, jnp.int32(2))])
         return position + (last - first)
 
-    _for_each_tile(plan, visit)
+    for_each_tile(plan, "peer", visit)
     if c.split_k > 1:  # A block must outlive the arrivals of its peers.
         plgpu.barrier_wait(smem["free"].at[warpgroup])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _store(plan: _Plan, warpgroup, vectors, out, smem, count, row, first_m, first_n, total, column: int):
+def _store(plan: _Plan, warpgroup, part, out, smem, count, row, first_m, first_n, total, column: int):
     """Scale 64 rows of sums from a column on, and write them out a piece at a time."""
     place, stagings = lax.rem(count, jnp.int32(2)), plan.config.stagings(plan.out_dtype)
     for i, start in enumerate(range(0, total.shape[1], plan.piece)):
-        piece = _finish(plan, vectors, smem, place, row, column + start, total[:, start : start + plan.piece])
+        piece = _finish(plan, part, smem, place, row, column + start, total[:, start : start + plan.piece])
         staging = smem["out"].at[warpgroup, i % stagings]
         plgpu.wait_smem_to_gmem(stagings - 1, wait_read_only=True)
         if plan.config.weights_first:
@@ -274,23 +292,23 @@ def _store(plan: _Plan, warpgroup, vectors, out, smem, count, row, first_m, firs
         plgpu.copy_smem_to_gmem(staging, out.at[*where])
 
 
-def _finish(plan: _Plan, vectors, smem, place, row, column, total):
+def _finish(plan: _Plan, part, smem, place, row, column, total):
     """`(sum - zero point * weight sum) * x_scale * w_scale + bias`, in the result's dtype."""
 
     def along(name):
-        if vectors[name].shape == (1,):
-            return jnp.full(total.shape, vectors[name][0])
+        if part[name].shape == (1,):
+            return jnp.full(total.shape, part[name][0])
         on_rows = name.startswith("x_") != plan.config.weights_first
         where, layout = (pl.ds(row, TILE), PER_ROW) if on_rows else (pl.ds(column, plan.piece), PER_COLUMN)
         vector = plgpu.load(smem["vectors"][name].at[place, where], layout=layout, optimized=False)
         vector = vector if vector.dtype == jnp.int32 else vector.astype(jnp.float32)
         return lax.broadcast_in_dim(vector, total.shape, (0,) if on_rows else (1,))
 
-    if "x_zero_point" in vectors:
+    if "x_zero_point" in part:
         total = total - along("x_zero_point") * along("weight_sum")
     total = total.astype(jnp.float32)
     if not plan.blocked:
         total = total * along("x_scale") * along("w_scale")
-    if "bias" in vectors:
+    if "bias" in part:
         total = total + along("bias")
     return total.astype(plan.out_dtype)

@@ -8,9 +8,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.int8_matmul.config import TILE
 from pallas_kernels.int8_matmul.layout import BLOCK
 
-TILE = 64
 DEEPEST = 256  # inputs that the fp8 tensor core sums by itself: it keeps about 14 bits
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)

@@ -59,7 +59,7 @@ def test_one_layer_agrees_with_xla_and_a_wrong_one_is_refused(monkeypatch):
         ("decode", "w4a16+head", 2 * 4 + 1),
         ("loop", "w4a16", 2 * 4),
         ("prefill", "w4a8", 2 * 8),
-        ("prefill", "w8a8", 2 * 11),
+        ("prefill", "w8a8", 2 * 8),
     ],
 )
 def test_the_compiled_model_launches_a_kernel_for_siblings(model, params, kind, name, launches):

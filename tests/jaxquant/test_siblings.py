@@ -83,7 +83,7 @@ def apart(fns, *args):
     return [jax.jit(jq.quantized(fn))(*args) for fn in fns]
 
 
-@pytest.mark.parametrize("preset", ["w4a16", "w4a16-asym", "w4a8"])
+@pytest.mark.parametrize("preset", ["w4a16", "w4a16-asym", "w4a8", "w8a8", "w8a8-tensor", "fp8"])
 def test_siblings_are_one_launch_with_the_same_results(activation, assert_close, preset):
     params = packed({name: activation(128, size) for name, size in (("q", 128), ("k", 64), ("v", 64))}, preset)
     fns = [lambda p, x, name=name: {name: x @ p[name]} for name in "qkv"]

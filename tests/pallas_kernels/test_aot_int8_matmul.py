@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels._aot import compile_for_h200
-from pallas_kernels.int8_matmul import Config, default_config, int8_matmul
+from pallas_kernels.int8_matmul import Config, Int8Weight, default_config, int8_matmul, int8_matmul_many
 from pallas_kernels.int8_matmul.cases import BLOCK_SHAPES, SHAPES
 
 pytestmark = pytest.mark.aot
@@ -71,3 +71,16 @@ def test_options_are_fit(m, form, out_dtype, dtype):
 def test_split_k_is_fit(split_k):
     config = Config(block_m=16, block_n=128, block_k=256, num_stages=3, weights_first=True, split_k=split_k)
     assert not problems(16, 4096, 4096, jnp.int8, config=config)
+
+
+@pytest.mark.parametrize(("m", "dtype", "launches"), [(1, "int8", 1), (64, "float8_e4m3fn", 1), (256, "int8", 1),
+                                                      (4096, "int8", 1), (4096, "float8_e4m3fn", 3)])  # fmt: skip
+def test_several_weights_are_fit(m, dtype, launches):
+    weights = [Int8Weight(S((n, 4096), dtype), S((1, n), jnp.float32)) for n in (4096, 1024, 1024)]
+
+    def fn(x, weights, x_scale):
+        return int8_matmul_many(x, weights, x_scale, implementation="mosaic_gpu")
+
+    hlo, reports = compile_for_h200(fn, S((m, 4096), dtype), weights, S((m, 1), jnp.float32))
+    assert hlo.count('custom_call_target="mosaic_gpu_v2"') == launches
+    assert not [report.problems for report in reports if report.problems]

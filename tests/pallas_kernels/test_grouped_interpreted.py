@@ -60,14 +60,20 @@ def interpreted(monkeypatch, complete_interpreter):
 
 # One block walks all tiles, or three share them; experts without rows, of one row, of more rows than a tile.
 @pytest.mark.parametrize(
-    ("sizes", "blocks", "after", "gated", "block_m"),
-    [((3, 0, 18, 1), 1, True, False, 16), ((0, 37, 2, 0), 3, False, True, 32)],
-    ids=["after", "gated"],
+    ("sizes", "blocks", "after", "gated", "block_m", "split"),
+    [
+        ((3, 0, 18, 1), 1, True, False, 16, 1),
+        ((0, 37, 2, 0), 3, False, True, 32, 1),
+        ((2, 0, 33, 1), 4, True, False, 32, 2),
+        ((0, 17, 0), 4, False, True, 32, 2),
+    ],
+    ids=["after", "gated", "split", "split and gated"],
 )
-def test_interpreted_kernel_is_the_product(rng, interpreted, monkeypatch, sizes, blocks, after, gated, block_m):
+def test_interpreted_kernel_is_the_product(rng, interpreted, monkeypatch, sizes, blocks, after, gated, block_m, split):
     monkeypatch.setattr(kernel, "HOPPER_SMS", blocks)
-    monkeypatch.setattr(kernel, "widths", lambda rows: (rows,) if rows == 16 else (rows // 2, rows))
-    config = Config(block_m=block_m, block_k=128, num_stages=2, num_warpgroups=2, scale_after=after, strip=1)
+    monkeypatch.setattr(kernel, "widths", lambda rows: (rows,) if rows == 16 or split > 1 else (rows // 2, rows))
+    cut = {"num_warpgroups": 2, "scale_after": after, "strip": 1, "split_k": split}
+    config = Config(block_m=block_m, block_k=128, num_stages=2, **cut)
     k, n, experts, rows = 256, 128, len(sizes), sum(sizes) + config.block_m
     codes = rng.integers(-8, 8, (experts, k, n)).astype(np.int8)
     half = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731

@@ -1,6 +1,7 @@
 """The op on a CPU (what "xla" runs) and its kernel in the interpreter, against NumPy."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.int8_matmul import (
     Config,
-    _Call,
-    _resolve,
+    Int8Weight,
     candidates,
     default_config,
     int8_matmul,
+    int8_matmul_many,
     output_sums,
     pack,
     supports,
@@ -23,8 +24,10 @@ from pallas_kernels.int8_matmul import (
 )
 from pallas_kernels.int8_matmul import config as table
 from pallas_kernels.int8_matmul.config import SHARED_MEMORY_BYTES, _tuned, bucket
+from pallas_kernels.int8_matmul.core import Call, Rows, resolve
 from pallas_kernels.int8_matmul.mosaic_gpu import _Plan, int8_matmul_mosaic_gpu
 
+kernel = importlib.import_module("pallas_kernels.int8_matmul.mosaic_gpu")
 E4M3 = ml_dtypes.float8_e4m3fn
 # The result is rounded once, to half an eps of its own size; float32 sums of K products add K eps / 2 of the sum of
 # magnitudes, which for the K here stays under 2^-13 of the norm.
@@ -176,22 +179,97 @@ CUTS = {
 }  # fmt: skip
 
 
+def kernel_operands(operands):
+    """What the kernel takes: of the rows, and of the weight."""
+    arrays = {name: None if a is None else jnp.asarray(a) for name, a in operands.items()}
+    weight, zero = pack(arrays["weight"]), arrays["x_zero_point"]
+    x_scale, w_scale = arrays["x_scale"], arrays["w_scale"]
+    blocked = x_scale.shape[-1] > 1
+    rows = arrays["x"], x_scale.T if blocked else x_scale.reshape(-1), None if zero is None else zero.reshape(-1)
+    w_scale = w_scale if blocked else w_scale.reshape(-1)
+    return rows, (weight, w_scale, None if zero is None else output_sums(weight), arrays["bias"])
+
+
+def interpreted(rows, weights, sizes, out_dtype=jnp.float32):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        config = Config(num_stages=2, **sizes)
+        return int8_matmul_mosaic_gpu(*rows, weights, out_dtype=out_dtype, config=config)
+
+
 @pytest.mark.parametrize("cut", CUTS)
 def test_kernel_in_the_interpreter(rng, cut):
     dtype, m, form, sizes = CUTS[cut]
     operands, exact = problem(rng, m, 512, 256, dtype, form)
-    arrays = {name: None if a is None else jnp.asarray(a) for name, a in operands.items()}
-    weight = pack(arrays["weight"])
-    x_scale, w_scale = arrays["x_scale"], arrays["w_scale"]
-    scales = (x_scale.T, w_scale) if form == "block" else (x_scale.reshape(-1), w_scale.reshape(-1))
-    zero = arrays["x_zero_point"]
-    correction = (None, None) if zero is None else (zero.reshape(-1), output_sums(weight))
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        out = int8_matmul_mosaic_gpu(
-            arrays["x"], weight, *scales, *correction, arrays["bias"],
-            out_dtype=jnp.float32, config=Config(num_stages=2, **sizes),
-        )  # fmt: skip
+    rows, weight = kernel_operands(operands)
+    (out,) = interpreted(rows, [weight], sizes)
     assert relative_error(out, exact) <= FLOAT32_SUMS
+
+
+SIBLINGS = {
+    "tiles across the end": ("float8_e4m3fn", "token", {"block_m": 16, "block_n": 256, "num_warpgroups": 4}),
+    "inputs split": ("int8", "asymmetric", {"block_m": 16, "block_n": 128, "split_k": 2}),
+    "x shared": ("int8", "tensor", {"block_m": 16, "block_n": 64, "num_warpgroups": 1, "multicast": 2}),
+}
+SIBLINGS = {name: (*form, sizes | {"weights_first": True}) for name, (*form, sizes) in SIBLINGS.items()}
+
+
+@pytest.mark.parametrize("cut", SIBLINGS)
+def test_several_weights_in_the_interpreter(rng, monkeypatch, complete_interpreter, cut):
+    """One cluster at once, that goes from the tiles of a weight to those of the next."""
+    monkeypatch.setattr(kernel, "num_clusters", lambda size: 1)
+    dtype, form, sizes = SIBLINGS[cut]
+    found = [problem(rng, 16, 256, n, dtype, form) for n in (384, 128)]
+    for operands, _ in found[1:]:
+        operands |= {name: found[0][0][name] for name in ("x", "x_scale", "x_zero_point")}
+    rows, weights = zip(*(kernel_operands(operands) for operands, _ in found), strict=True)
+    for out, (operands, _) in zip(interpreted(rows[0], weights, sizes), found, strict=True):
+        assert relative_error(out, float64_product(operands)) <= FLOAT32_SUMS
+
+
+def float64_product(operands):
+    """Of scales a token and a channel, or the tensor's."""
+    zero = 0 if operands["x_zero_point"] is None else operands["x_zero_point"]
+    x = (operands["x"].astype(np.float64) - zero) * operands["x_scale"]
+    return x @ (operands["weight"].astype(np.float64) * operands["w_scale"]) + operands["bias"]
+
+
+@pytest.mark.parametrize("form", ["token", "tensor", "asymmetric"])
+def test_several_weights_are_one_of_each(rng, form):
+    found = {n: problem(rng, 5, 200, n, "int8", form)[0] for n in (100, 1, 130)}
+    alike = {name: found[100][name] for name in ("x", "x_scale", "x_zero_point")}
+    arrays = {name: None if a is None else jnp.asarray(a) for name, a in alike.items()}
+    x, x_scale, zero = arrays.values()
+    weights = [
+        Int8Weight(
+            *(jnp.asarray(a) for a in (pack(jnp.asarray(o["weight"])), o["w_scale"])), None, jnp.asarray(o["bias"]), n
+        )
+        for n, o in found.items()
+    ]
+    outs = int8_matmul_many(x, weights, x_scale, x_zero_point=zero)
+    for out, operands in zip(outs, found.values(), strict=True):
+        np.testing.assert_array_equal(out, product(operands | alike))
+
+
+def test_several_weights_quantize_once_and_add_up_gradients(rng):
+    x = jnp.asarray(rng.normal(size=(5, 256)), jnp.float32)
+    scales = [jnp.asarray(rng.uniform(0.1, 1, (1, n)), jnp.float32) for n in (96, 128)]
+    weights = [Int8Weight(pack(jnp.asarray(codes(rng, (256, s.shape[1]), "int8"))), s) for s in scales]
+    both = lambda x: sum(jnp.sum(out) for out in int8_matmul_many(x, weights))  # noqa: E731
+    each = [lambda x, w=weight: jnp.sum(int8_matmul(x, *w[:2])) for weight in weights]
+    maxima = [str(jax.make_jaxpr(fn)(x)).count("reduce_max") for fn in (both, each[0])]
+    assert maxima[0] == maxima[1] > 0
+    want = sum(np.asarray(jax.grad(fn)(x), np.float64) for fn in each)
+    assert relative_error(jax.grad(both)(x), want) <= FLOAT32_SUMS
+
+
+def test_several_weights_that_are_not_alike_are_refused(rng):
+    plain, blocks = (problem(rng, 4, 256, 256, "int8", form)[0] for form in ("token", "block"))
+    one, other = (Int8Weight(pack(jnp.asarray(o["weight"])), jnp.asarray(o["w_scale"])) for o in (plain, blocks))
+    x, scales = jnp.asarray(plain["x"]), [jnp.asarray(o["x_scale"]) for o in (plain, blocks)]
+    with pytest.raises(ValueError, match="differ in dtype, K, blocked scales"):
+        int8_matmul_many(x, [one, other], scales[0])
+    with pytest.raises(NotImplementedError, match="blocked scales; multiply by one weight after another"):
+        int8_matmul_many(x, [other, other], scales[1])
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
@@ -214,11 +292,11 @@ def test_default_exists_for_the_smallest_problem():
 @pytest.mark.parametrize("m", [3, 16, 24, 64])
 def test_the_copy_engine_writes_to_multiples_of_128_bytes(m, blocked, dtype):
     shapes = {"x_scale": (8, m) if blocked else (m,), "w_scale": (8, 3) if blocked else (384,)}
-    vectors = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    vectors["bias"] = jax.ShapeDtypeStruct((384,), jnp.bfloat16)
-    x, weight = (jax.ShapeDtypeStruct((rows, 1024), dtype) for rows in (m, 384))
+    operands = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    operands["bias"] = jax.ShapeDtypeStruct((384,), jnp.bfloat16)
+    operands["x"] = jax.ShapeDtypeStruct((m, 1024), dtype)
     for config in candidates(m, 1024, 384, dtype, blocked=blocked):
-        scratch = _Plan(x, weight, vectors, jnp.dtype(jnp.bfloat16), config).scratch()
+        scratch = _Plan(operands, [384], jnp.dtype(jnp.bfloat16), config).scratch()
         slots = list(scratch["vectors"].values())
         assert all(ref.shape[-1] * jnp.dtype(ref.dtype).itemsize % 128 == 0 for ref in slots)
         if blocked:
@@ -235,8 +313,9 @@ def test_the_table_holds_what_the_kernel_takes():
 
 
 def test_xla_runs_what_it_was_measured_to_be_faster_on(monkeypatch):
-    x, weight, x_scale, w_scale = jnp.zeros((4, 256), jnp.int8), jnp.zeros((256, 256), jnp.int8), *jnp.ones((2, 1, 1))
-    runs = lambda *call: _resolve(_Call(*call, jnp.dtype("bfloat16")), x, weight, x_scale, w_scale, None)  # noqa: E731
+    x, weight, x_scale, w_scale = jnp.zeros((4, 256), jnp.int8), jnp.zeros((128, 256), jnp.int8), *jnp.ones((2, 1, 1))
+    rows, weights = Rows(x, x_scale, None), [Int8Weight(weight, w_scale)] * 2
+    runs = lambda *call: resolve(Call(*call, jnp.dtype("bfloat16")), rows, weights)  # noqa: E731
     assert runs(None, None).implementation is None
     monkeypatch.setattr(table, "_faster_by_xla", lambda: {("int8", False, 8, 256, 256)})
     assert runs(None, None).implementation == "xla"
