@@ -92,7 +92,7 @@ def packed_matmul(
     channels = any(weight.w_scale.shape[1] > 1 for weight in weights)
     operands = tuple(_padded(weight, channels, zero is not None) for weight in weights)
     call = resolve(Call(implementation, config, out_dtype), Rows(rows, x_scale, zero), operands)
-    outs = _multiply(call, straight, Rows(rows, x_scale, zero), operands)
+    outs = _multiply_jit(call, straight, Rows(rows, x_scale, zero), operands)
     return [out[:, : w.n].reshape(*lead, w.n) for out, w in zip(outs, weights, strict=True)]
 
 
@@ -182,7 +182,8 @@ def resolve(call: Call, rows: Rows, weights: Sequence[Int8Weight]) -> Call:
 
 def _problem(rows: Rows, weights: Sequence[Int8Weight]) -> tuple[int, int, int]:
     """Tokens, inputs, and the outputs of all weights."""
-    return *rows.codes.shape, sum(weight.weight.shape[0] for weight in weights)
+    m, k = rows.codes.shape
+    return m, k, sum(weight.weight.shape[0] for weight in weights)
 
 
 def _forms(rows: Rows, weight: Int8Weight) -> tuple[bool, bool]:
@@ -214,7 +215,7 @@ def _multiply_backward(call, residuals, cotangents):
     dx = None
     if x is not None:
         dx = sum(jnp.matmul(c.astype(x.dtype), _dense(w, x.dtype)) for c, w in zip(cotangents, weights, strict=True))
-    return dx, Rows(None, slope, None), tuple(Int8Weight(None, scale, None, bias) for scale, bias in slopes)
+    return dx, Rows._make((None, slope, None)), tuple(Int8Weight._make((None, s, None, b, None)) for s, b in slopes)
 
 
 def _dense(weight: Int8Weight, dtype) -> jax.Array:
@@ -226,6 +227,8 @@ def _dense(weight: Int8Weight, dtype) -> jax.Array:
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
+# A model calls the same product in every layer: traced and lowered once.
+_multiply_jit = jax.jit(_multiply, static_argnums=0)
 
 
 @functools.cache
