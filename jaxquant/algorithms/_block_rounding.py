@@ -83,7 +83,7 @@ def train_block(
     before = _mean_loss(run, shapes, roundings, held, inputs, targets)
     first = jax.tree.map(jnp.copy, roundings)
     rates = falling_rates(tuning.learning_rate, tuning.steps)
-    for place, rate in zip(_batch_order(len(inputs), tuning.steps), rates, strict=True):
+    for place, rate in zip(batch_order(len(inputs), tuning.steps), rates, strict=True):
         state = (roundings, memory, held, inputs[place], targets[place], rate)
         roundings, memory = _step(run, shapes, tuning.optimizer, *state)
     after = _mean_loss(run, shapes, roundings, held, inputs, targets)
@@ -92,7 +92,7 @@ def train_block(
     return Trained([_release(*parts) for parts in zip(weights, roundings, held, strict=True)], before, after)
 
 
-def _batch_order(batches: int, steps: int) -> Iterable[int]:
+def batch_order(batches: int, steps: int) -> Iterable[int]:
     """Every batch once in each round, in an order of its own."""
     rng = np.random.default_rng(0)
     rounds = [rng.permutation(batches) for _ in range(-(-steps // batches))]

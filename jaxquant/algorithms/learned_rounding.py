@@ -183,11 +183,15 @@ def _straight_through(rounded: jax.Array, x: jax.Array) -> jax.Array:
     return x + jax.lax.stop_gradient(rounded - x)
 
 
+def soft_scale(scale: jax.Array, gain: jax.Array) -> jax.Array:
+    """Scales times gains, float32 but rounded as they are stored, with a straight-through gradient."""
+    wide = scale.astype(jnp.float32) * gain
+    return _straight_through(wide.astype(scale.dtype).astype(jnp.float32), wide)
+
+
 def _soft_codes(rounding: Rounding, start: Start) -> tuple[jax.Array, jax.Array]:
     """(codes less zero points with a straight-through gradient, float32 scales as stored)."""
-    shape = start.value.shape
-    wide = start.scale.astype(jnp.float32) * rounding.gain
-    scale = _straight_through(wide.astype(start.scale.dtype).astype(jnp.float32), wide)
+    shape, scale = start.value.shape, soft_scale(start.scale, rounding.gain)
     moved = start.value / expand_grid(rounding.gain, shape) + rounding.offset
     codes = _straight_through(jnp.round(moved), moved)
     return jnp.clip(codes, expand_grid(start.low, shape), expand_grid(start.high, shape)), scale

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxquant.arrays._qarray import dequantize_array, quantize_array
 from jaxquant.arrays._spec import PerGroup, QuantConfig, QuantSpec, Rule, TensorSpec
 from jaxquant.calibration._calibrate import arguments_of
+from jaxquant.calibration._distances import squared_change
 from jaxquant.parameters._rules import Assignment, assign
 from jaxquant.parameters._tree import map_named, named_leaves
 from jaxquant.tracing._infer import infer_axes
@@ -39,31 +40,6 @@ class Option:
     loss: float
 
 
-def squared_change(reference: Any, output: Any) -> jax.Array:
-    """Mean squared change of a model's floating outputs, relative to their mean square.
-
-    Args:
-        reference: pytree of the float model's outputs.
-        output: the same of the changed model.
-
-    Returns:
-        float32 scalar, summed over the leaves.
-
-    Raises:
-        ValueError: no output is floating.
-
-    >>> squared_change(jnp.asarray([3.0, 4.0]), jnp.asarray([3.0, 3.0])).item()
-    0.03999999910593033
-    """
-    pairs = zip(jax.tree.leaves(reference), jax.tree.leaves(output), strict=True)
-    floats = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in pairs if jnp.issubdtype(a.dtype, jnp.floating)]
-    if not floats:
-        raise ValueError("allocate_bits: the model's output holds no floating array; measure it by distance=")
-    tiny = jnp.finfo(jnp.float32).tiny
-    changes = [jnp.mean(jnp.square(b - a)) / jnp.maximum(jnp.mean(jnp.square(a)), tiny) for a, b in floats]
-    return sum(changes, jnp.float32(0))
-
-
 def allocate_bits(
     apply_fn: Callable[..., Any],
     params: Any,
@@ -86,8 +62,8 @@ def allocate_bits(
         budget: mean bits an element of the quantized weights, all they store counted.
         choices: formats to choose from; 2, 3, 4 and 8 bits in groups of 128 by default. Activations stay in float while
             measuring.
-        distance: change of the output, `distance(float model's, changed model's)`: a scalar. For logits, their mean KL
-            is more telling than the default.
+        distance: change of the output, `distance(float model's, changed model's)`: a scalar. For logits,
+            `jq.logit_divergence`, their mean KL, is more telling than the default.
 
     Returns:
         A configuration with a rule for each weight; print it. `dataclasses.replace(config, algorithm=jq.gptq())` rounds

@@ -10,7 +10,8 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.arrays._spec import PRESETS
-from jaxquant.calibration._allocate_bits import Option, convex_hull, spend, squared_change
+from jaxquant.calibration._allocate_bits import Option, convex_hull, spend
+from jaxquant.calibration._distances import squared_change
 
 CHOICES = tuple(
     jq.QuantSpec(jq.TensorSpec(qtype, jq.PerGroup(16), scale_dtype="bfloat16"))
