@@ -21,8 +21,9 @@ from jaxquant.algorithms.smoothquant import smoothquant
 from jaxquant.arrays._spec import PRESETS, QuantConfig, Rule
 from jaxquant.conversion import convert, export
 from jaxquant.inspection import diff, inspect
-from jaxquant.interop import FORMATS
+from jaxquant.interop import FORMATS, Module, read_table
 from jaxquant.storage._json import read_json
+from jaxquant.storage._values import encode_value
 
 ALGORITHMS: dict[str, Callable[[], WeightTransform]] = {"gptq": gptq, "awq": awq, "smoothquant": smoothquant}
 BATCH = 4  # sequences
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
-        message = str(error).replace("overwrite=True", "--overwrite")
+        message = str(error).replace("overwrite=True", "--overwrite").replace("modules=", "--names")
         print(f"jaxquant: {message}", file=sys.stderr)
         return 2
 
@@ -77,13 +78,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--format", required=True, choices=FORMATS)
     command.add_argument("--config", type=pathlib.Path, metavar="FILE", help="the model's config.json, if not known")
     command.set_defaults(run=_export)
+    for command in commands.choices.values():
+        names = 'JSON: {"base": model_type, "modules": [{"hf", "path", "kind"}, ...]}'
+        command.add_argument("--names", type=pathlib.Path, metavar="FILE", help=names)
     return parser
 
 
 def _convert(arguments: argparse.Namespace) -> int:
     if (arguments.calibrate is None) != (arguments.model is None):
         raise ValueError("--calibrate and --model go together")
-    given: dict[str, Any] = {"overwrite": arguments.overwrite, "progress": _progress_bar()}
+    given: dict[str, Any] = {"overwrite": arguments.overwrite, "modules": _table(arguments)}
     algorithm = None
     if arguments.calibrate is not None:
         algorithm = ALGORITHMS[arguments.algorithm]()
@@ -92,8 +96,13 @@ def _convert(arguments: argparse.Namespace) -> int:
     config = _config(arguments.recipe, arguments.rules, algorithm)
     if config is None and algorithm is not None:
         raise ValueError("--calibrate needs --recipe or --rules")
-    convert(arguments.src, arguments.dst, config, **given)
+    convert(arguments.src, arguments.dst, config, progress=_progress_bar(), **given)
+    print(f"{arguments.dst}: {inspect(arguments.dst).totals}")
     return 0
+
+
+def _table(arguments: argparse.Namespace) -> tuple[Module, ...] | None:
+    return None if arguments.names is None else read_table(arguments.names)
 
 
 def _load_model(name: str, src: str) -> Callable[..., Any]:
@@ -125,19 +134,28 @@ def _config(
             raise ValueError(f"{rules}: {pattern!r} asks for {name!r}; accepted: null, {', '.join(PRESETS)}")
         listed.append(Rule(pattern, None if name is None else PRESETS[name]))
     if recipe is None:
+        if rules is not None and all(rule.spec is None for rule in listed):
+            raise ValueError(
+                f"{rules}: no rule quantizes anything; give --recipe too, or leave --rules out to keep all"
+            )
         return QuantConfig(rules=tuple(listed), algorithm=algorithm) if listed else None
     return QuantConfig.preset(recipe, rules=listed, algorithm=algorithm)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    found = inspect(arguments.path)
-    print(json.dumps(dataclasses.asdict(found), default=str, indent=1) if arguments.json else found)
+    found = inspect(arguments.path, modules=_table(arguments))
+    if arguments.json:
+        fields = {"kind": found.kind, "leaves": [dataclasses.asdict(leaf) for leaf in found.leaves]}
+        about = {name: encode_value(value, name) if name == "config" else value for name, value in found.about.items()}
+        print(json.dumps(fields | {"about": about}, indent=1))
+    else:
+        print(found)
     return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
     compared = True
-    for row in diff(arguments.a, arguments.b):
+    for row in diff(arguments.a, arguments.b, modules=_table(arguments)):
         compared &= not row.note
         if arguments.json:
             numbers = {name: value if math.isfinite(value) else str(value) for name, value in _numbers(row).items()}
@@ -153,7 +171,7 @@ def _numbers(row: Any) -> dict[str, float]:
 
 def _export(arguments: argparse.Namespace) -> int:
     config = None if arguments.config is None else read_json(arguments.config)
-    options: dict[str, Any] = {"format": arguments.format, "huggingface": config}
+    options: dict[str, Any] = {"format": arguments.format, "huggingface": config, "modules": _table(arguments)}
     export(arguments.path, arguments.dst, **options, progress=_progress_bar())
     return 0
 

@@ -8,6 +8,7 @@ once.
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant._quantize import dequantize
 from jaxquant.arrays._numerics import all_finite, encode, find_range, grid_shape, padded_length, range_to_scale
+from jaxquant.arrays._outliers import OutlierArray
 from jaxquant.arrays._qarray import QArray, dequantize_array, from_codes, pad_axis, quantize_array
 from jaxquant.arrays._spec import QuantSpec, TensorSpec
 from jaxquant.calibration._calibrated import not_finite
-from jaxquant.storage._mapped import forget_pages
+from jaxquant.storage._mapped import forget_pages, mapped_array
 
 SLICE_BYTES = 1 << 21  # a larger weight is cut; what its slices take on the way adds up to a tenth of 470 MB
 AT_ONCE = 2  # slices read and quantized
@@ -136,17 +139,24 @@ def quantize_slices(path: str, leaf: Any, spec: QuantSpec, axis: tuple[int, ...]
     return whole
 
 
-def dequantize_slices(q: QArray, whole: np.ndarray) -> None:
-    """Writes the float weight that a QArray stands for into an array, slice by slice.
+def dequantized(leaf: QArray | OutlierArray, folder: pathlib.Path | None = None) -> np.ndarray:
+    """The float weight that a quantized one stands for, made slice by slice.
 
     Args:
-        q: of plain layout and NumPy leaves.
-        whole: of its shape and dtype, memory-mapped or not.
+        leaf: the quantized weight.
+        folder: where an array that takes no memory can lie in a file; None makes one in memory.
+
+    Returns:
+        An array of the weight's shape and dtype.
     """
-    cut = _plan_dequantizing(q)
+    if not isinstance(leaf, QArray) or leaf.layout != "plain":
+        return np.asarray(dequantize(leaf))
+    whole = np.empty(leaf.shape, leaf.dtype) if folder is None else mapped_array(folder, leaf.shape, leaf.dtype)
+    cut = _plan_dequantizing(leaf)
     for start in cut.starts():
-        whole[cut.place(start)] = _dequantize(_part_of(q, cut, start))
+        whole[cut.place(start)] = _dequantize(_part_of(leaf, cut, start))
         forget_pages(whole)
+    return whole
 
 
 def _plan_dequantizing(q: QArray) -> Slicing:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from jaxquant._quantize import check_fits, quantize
-from jaxquant._slices import Slicing, plan_slices, quantize_slices
+from jaxquant._slices import Slicing, dequantized, plan_slices, quantize_slices
 from jaxquant._sources import Source, open_source, read_leaf
 from jaxquant.algorithms._transform import WeightTransform
 from jaxquant.arrays._spec import QuantConfig, QuantSpec, Rule
@@ -27,6 +27,7 @@ from jaxquant.checkpoint import Path, write_tree
 from jaxquant.interop import Module
 from jaxquant.interop.huggingface_write import Format, write_folder
 from jaxquant.parameters._rules import assign
+from jaxquant.parameters._tree import is_quantized
 from jaxquant.storage._companions import FOLDER as COMPANIONS
 from jaxquant.storage._companions import copy_companions
 from jaxquant.storage._journal import Journal
@@ -204,6 +205,8 @@ def export(
 ) -> None:
     """Writes a checkpoint as a Hugging Face folder, quantized weights bit for bit, with the tokenizer it came with.
 
+    In the format `"float"`, quantized weights are written as the float weights that they stand for.
+
     Args:
         src: what `convert` reads.
         dst: the new folder.
@@ -224,6 +227,8 @@ def export(
     if config is None:
         raise ValueError(f"export: {src} does not know the config.json of its model; give one (--config)")
     leaves = _read_all(source, progress)
+    if format == "float":  # one leaf at a time, in a file beside the target until it is written
+        leaves = ((path, dequantized(leaf, target.parent) if is_quantized(leaf) else leaf) for path, leaf in leaves)
     write_folder(target, leaves, config, format=format, modules=modules, companions=source.companions)
 
 

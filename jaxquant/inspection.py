@@ -1,4 +1,4 @@
-"""`inspect` and `diff`: what checkpoints hold, and how far two of them are apart, one leaf in memory at a time."""
+"""`inspect` and `diff`: what checkpoints hold, and how far two of them are apart, one leaf of each in memory."""
 
 import dataclasses
 import math
@@ -8,12 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant._quantize import dequantize
+from jaxquant._slices import SLICE_BYTES, dequantized
 from jaxquant._sources import open_source, read_leaf
 from jaxquant.arrays._outliers import OutlierArray
 from jaxquant.arrays._qarray import QArray
 from jaxquant.checkpoint import Path
 from jaxquant.interop import Module
+from jaxquant.storage._chunks import Chunks
+from jaxquant.storage._mapped import forget_pages
+from jaxquant.storage._store import as_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,14 @@ class Inspection:
         """Bytes of all parameters."""
         return sum(leaf.nbytes for leaf in self.leaves)
 
+    @property
+    def totals(self) -> str:
+        """How many parameters there are, how many of them are quantized, and the bytes."""
+        quantized = [leaf for leaf in self.leaves if leaf.layout]
+        elements = sum(math.prod(leaf.shape) for leaf in quantized)
+        bits = f" at {8 * sum(leaf.nbytes for leaf in quantized) / elements:.3f} bits" if elements else ""
+        return f"{len(self.leaves)} parameters, {len(quantized)} quantized{bits}; {self.nbytes:,} bytes"
+
     def __str__(self) -> str:
         """The table, the totals and what it says of itself."""
         rows = [("path", "shape", "format", "group", "activation", "bits", "bytes", "layout")]
@@ -69,12 +80,7 @@ class Inspection:
             rows.append((*cells, f"{leaf.bits:.3f}", f"{leaf.nbytes:,}", leaf.layout))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        quantized = [leaf for leaf in self.leaves if leaf.layout]
-        elements = sum(math.prod(leaf.shape) for leaf in quantized)
-        bits = 8 * sum(leaf.nbytes for leaf in quantized) / elements if elements else 0.0
-        counts = f"{len(self.leaves)} parameters, {len(quantized)} quantized at {bits:.3f} bits"
-        lines.append(f"{counts}; {self.nbytes:,} bytes")
-        return "\n".join([*lines, *(f"{name}: {value}" for name, value in self.about.items())])
+        return "\n".join([*lines, self.totals, *(f"{name}: {value}" for name, value in self.about.items())])
 
 
 def inspect(path: Path, *, modules: tuple[Module, ...] | None = None) -> Inspection:
@@ -162,7 +168,8 @@ def diff(a: Path, b: Path, *, modules: tuple[Module, ...] | None = None) -> Iter
         if leaf.path not in numbers:
             yield LeafDiff(leaf.path, math.nan, math.nan, f"only in {a}")
             continue
-        yield _compare(leaf.path, read_leaf(ours, number), read_leaf(theirs, numbers.pop(leaf.path)))
+        pair = read_leaf(ours, number, opened=True), read_leaf(theirs, numbers.pop(leaf.path), opened=True)
+        yield _compare(leaf.path, *pair)
     for path in numbers:
         yield LeafDiff(path, math.nan, math.nan, f"only in {b}")
 
@@ -170,9 +177,33 @@ def diff(a: Path, b: Path, *, modules: tuple[Module, ...] | None = None) -> Iter
 def _compare(path: str, a: Any, b: Any) -> LeafDiff:
     if tuple(a.shape) != tuple(b.shape):
         return LeafDiff(path, math.nan, math.nan, f"shapes {list(a.shape)} and {list(b.shape)}")
-    signal, other = (np.asarray(dequantize(leaf)).astype(np.float32) for leaf in (a, b))
-    error = signal - other
-    noise, power = (float(np.sum(np.square(x), dtype=np.float64)) for x in (error, signal))
+    a, b = _values(a), _values(b)
+    power = noise = greatest = 0.0
+    for place in _slices(a.shape, 4 * a.size):
+        signal, other = (np.asarray(values[place]).astype(np.float32) for values in (a, b))
+        error = signal - other
+        power += float(np.sum(np.square(signal), dtype=np.float64))
+        noise += float(np.sum(np.square(error), dtype=np.float64))
+        greatest = max(greatest, float(np.abs(error).max(initial=0.0)))
+        forget_pages(a)
+        forget_pages(b)
     if noise == 0:
         return LeafDiff(path, math.inf, 0.0)
-    return LeafDiff(path, 10 * math.log10(power / noise) if power else -math.inf, float(np.abs(error).max()))
+    return LeafDiff(path, 10 * math.log10(power / noise) if power else -math.inf, greatest)
+
+
+def _values(leaf: Any) -> Any:
+    """The numbers of a leaf: what codes stand for; an array that is only opened as it is."""
+    if isinstance(leaf, Chunks):
+        return leaf
+    if isinstance(leaf, QArray | OutlierArray):
+        return dequantized(jax.tree.map(lambda part: part[...] if isinstance(part, Chunks) else part, leaf))
+    return as_numbers(leaf)[0]
+
+
+def _slices(shape: tuple[int, ...], nbytes: int) -> Iterator[Any]:
+    """Indices that cut an array into slices along its longest dimension."""
+    dim = int(np.argmax(shape)) if shape else 0
+    width = max(1, shape[dim] * SLICE_BYTES // max(nbytes, 1)) if shape else 1
+    for start in range(0, shape[dim] if shape else 1, width):
+        yield (*[slice(None)] * dim, slice(start, start + width)) if shape else ()

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder, Params
 from jaxquant.interop import load_huggingface
-from jaxquant.interop.names import find_path, suffix_name, table_of
+from jaxquant.interop._module import find_path, suffix_name
+from jaxquant.interop.names import table_of
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _INDEX = "model.safetensors.index.json"

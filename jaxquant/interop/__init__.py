@@ -5,9 +5,10 @@ writes all of these but the last. `names` holds the tables that map modules to p
 convert one array.
 """
 
+from jaxquant.interop._module import Module
 from jaxquant.interop.huggingface import Folder, load_huggingface, plan_huggingface
 from jaxquant.interop.huggingface_write import FORMATS, save_huggingface
-from jaxquant.interop.names import TABLES, Module
+from jaxquant.interop.names import TABLES, read_table
 from jaxquant.interop.qwix import from_qwix, to_qwix
 from jaxquant.storage._leaf import Leaf
 
@@ -20,6 +21,7 @@ __all__ = [
     "from_qwix",
     "load_huggingface",
     "plan_huggingface",
+    "read_table",
     "save_huggingface",
     "to_qwix",
 ]

@@ -15,15 +15,17 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from jaxquant.storage._json import read_json
+from jaxquant.storage._mapped import forget_pages
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+BLOCK_BYTES = 1 << 22  # written at a time
 HEADER_LIMIT = 32_000_000  # parsed, a hostile one takes some thirty times that; real ones take less than 10 MB
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -216,7 +218,16 @@ def write_file(file: pathlib.Path, layout: Mapping[str, Pending], tensors: Itera
             if given != name or tensor.shape != pending.shape or tensor.dtype != pending.dtype:
                 found = f"{given} {tensor.dtype}{list(tensor.shape)}"
                 raise ValueError(f"{file}: expected {name} {pending.dtype}{list(pending.shape)}, got {found}")
-            stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+            _write_tensor(stream, tensor)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, file)
+
+
+def _write_tensor(stream: BinaryIO, tensor: np.ndarray) -> None:
+    """Writes a tensor by blocks of rows: one that is turned, or lies in a mapped file, is never whole in memory."""
+    rows = np.atleast_1d(tensor)
+    count = max(1, BLOCK_BYTES * len(rows) // max(rows.nbytes, 1))
+    for start in range(0, len(rows), count):
+        stream.write(np.ascontiguousarray(rows[start : start + count]).reshape(-1).view(np.uint8).data)
+    forget_pages(tensor)

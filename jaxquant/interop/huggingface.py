@@ -16,17 +16,10 @@ import numpy as np
 from jaxquant.arrays._qarray import QArray
 from jaxquant.interop import bitsandbytes, compressed_tensors, hf_awq, hf_gptq
 from jaxquant.interop._linear import FLOATS, Tensors
+from jaxquant.interop._module import Config, Module, count_outputs, find_module, leaf_name
 from jaxquant.interop._parts import cut_outputs, stack_leaves
 from jaxquant.interop._safetensors import Stored, open_folder
-from jaxquant.interop.names import (
-    DERIVED,
-    Config,
-    Module,
-    find_module,
-    leaf_name,
-    missing_modules,
-    table_of,
-)
+from jaxquant.interop.names import DERIVED, is_tied, missing_modules, table_of
 from jaxquant.storage._json import read_json
 from jaxquant.storage._leaf import Leaf
 from jaxquant.storage._mapped import contiguous
@@ -85,7 +78,7 @@ def plan_huggingface(folder: str | os.PathLike[str], *, modules: tuple[Module, .
         if not DERIVED.fullmatch(name):
             module, suffix = _split(name)
             by_module[module][suffix] = stored
-    if config.get("tie_word_embeddings", False):
+    if is_tied(config):
         by_module.pop("lm_head", None)
     found = {module: find_module(table, module) for module in by_module}
     unknown = [module for module, line in found.items() if line is None]
@@ -209,9 +202,9 @@ def _float_leaf(module: str, line: Module, path: str, suffix: str, tensor: Store
     return Leaf(path, tensor.nbytes, jax.ShapeDtypeStruct(tensor.shape, tensor.dtype), tensor.read)
 
 
-def _cut(module: str, leaf: Leaf, parts: Mapping[str, Callable[[Config], int]], config: Config) -> Iterator[Leaf]:
+def _cut(module: str, leaf: Leaf, parts: Mapping[str, str], config: Config) -> Iterator[Leaf]:
     """The parts of a leaf of a fused module; `leaf.path` has a place for their names."""
-    sizes = [outputs(config) for outputs in parts.values()]
+    sizes = [count_outputs(size, config) for size in parts.values()]
     ends = list(itertools.accumulate(sizes))
     held = leaf.abstract
     if held is not None and (not held.shape or held.shape[-1] != ends[-1]):

@@ -15,9 +15,10 @@ import numpy as np
 from jaxquant.arrays._outliers import OutlierArray
 from jaxquant.arrays._qarray import QArray
 from jaxquant.interop import compressed_tensors_write, hf_awq, hf_gptq
+from jaxquant.interop._module import Module, find_path, suffix_name
 from jaxquant.interop._parts import join_outputs, unstack_leaf
 from jaxquant.interop._safetensors import INDEX, SINGLE, Pending, write_file
-from jaxquant.interop.names import Module, find_path, suffix_name, table_of
+from jaxquant.interop.names import table_of
 from jaxquant.parameters._tree import named_leaves
 from jaxquant.storage._companions import copy_companions
 

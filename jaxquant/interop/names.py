@@ -1,84 +1,18 @@
 """Which module of a Hugging Face checkpoint is which parameter: small tables, readable both ways.
 
 A table is a tuple of `Module`s. To read another architecture, pass a table of your own, or add to one of these:
-`(*LLAMA, Module("model.layers.{i}.extra", "layers_{i}/extra", "linear"))`.
+`(*LLAMA, Module("model.layers.{i}.extra", "layers_{i}/extra", "linear"))`; in a file, see `read_table`.
 """
 
-import dataclasses
+import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator
 
-Config = Mapping[str, Any]
-Kind = Literal["linear", "embedding", "norm", "scales"]
+from jaxquant.interop._module import Config, Module, rest
+from jaxquant.storage._json import read_json
+
 # tensors that repeat what the config says
 DERIVED = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Module:
-    """One line of a table.
-
-    Attributes:
-        hf: the module's name there; `{name}` stands for one part between dots, or a piece of it.
-        path: our path, with the same placeholders.
-        kind: `"linear"` (`weight` [out, in] is our `kernel` [in, out]; `bias`), `"embedding"` (`weight` is
-            `embedding`), `"norm"` (`weight` is `scale`; `bias`) or `"scales"` (key and value scales of a cache).
-        stack: a placeholder of `hf` over whose numbers we stack along a new first axis: lists of experts.
-        parts: a fused module's parts: for each value of the placeholder `{part}` of `path`, how many outputs it takes.
-        optional: whether a layer may lack it.
-
-    >>> Module("model.layers.{i}.mlp.{x}_proj", "layers_{i}/mlp/{x}_proj", "linear").match("model.layers.3.mlp.up_proj")
-    {'i': '3', 'x': 'up'}
-    """
-
-    hf: str
-    path: str
-    kind: Kind
-    stack: str | None = None
-    parts: Mapping[str, Callable[[Config], int]] | None = None
-    optional: bool = False
-
-    def match(self, module: str) -> dict[str, str] | None:
-        """The placeholders' values if the line speaks of a Hugging Face module."""
-        found = re.fullmatch(_pattern(self.hf, r"[^.]+?"), module)
-        return None if found is None else found.groupdict()
-
-    def match_path(self, path: str) -> dict[str, str] | None:
-        """The placeholders' values if the line speaks of one of our module paths."""
-        found = re.fullmatch(_pattern(self.path, r"[^/]+?"), path)
-        return None if found is None else found.groupdict()
-
-
-def _pattern(template: str, value: str) -> str:
-    pieces = re.split(r"\{(\w+)\}", template)
-    numbered = {"i": r"\d+", "e": r"\d+"}
-    return "".join(
-        re.escape(piece) if place % 2 == 0 else f"(?P<{piece}>{numbered.get(piece, value)})"
-        for place, piece in enumerate(pieces)
-    )
-
-
-def heads(name: str) -> Callable[[Config], int]:
-    """How many outputs the heads counted by a config field have together."""
-
-    def outputs(config: Config) -> int:
-        size = config.get("head_dim") or _number(config, "hidden_size") // _number(config, "num_attention_heads")
-        return size * _number(config, name)
-
-    return outputs
-
-
-def field(name: str) -> Callable[[Config], int]:
-    """The value of a config field."""
-    return lambda config: _number(config, name)
-
-
-def _number(config: Config, name: str) -> int:
-    value = config.get(name)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"config.json: {name} is {value!r}; a positive number is needed")
-    return value
 
 
 _EMBEDDING = Module("model.embed_tokens", "embed_tokens", "embedding")
@@ -113,9 +47,9 @@ PHI3 = (
         "layers_{i}/self_attn/{part}",
         "linear",
         parts={
-            "q_proj": heads("num_attention_heads"),
-            "k_proj": heads("num_key_value_heads"),
-            "v_proj": heads("num_key_value_heads"),
+            "q_proj": "num_attention_heads * head_dim",
+            "k_proj": "num_key_value_heads * head_dim",
+            "v_proj": "num_key_value_heads * head_dim",
         },
     ),
     *_ATTENTION,
@@ -123,7 +57,7 @@ PHI3 = (
         "model.layers.{i}.mlp.gate_up_proj",
         "layers_{i}/mlp/{part}",
         "linear",
-        parts={"gate_proj": field("intermediate_size"), "up_proj": field("intermediate_size")},
+        parts={"gate_proj": "intermediate_size", "up_proj": "intermediate_size"},
     ),
     _MLP,
     *_TOP,
@@ -133,30 +67,23 @@ TABLES: dict[str, tuple[Module, ...]] = {
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "gemma": LLAMA,
+    "gemma2": LLAMA,
+    "gemma3_text": LLAMA,
     "mixtral": MIXTRAL,
     "qwen3_moe": QWEN3_MOE,
     "phi3": PHI3,
 }
-_LEAVES = {
-    "linear": {"weight": "kernel"},
-    "embedding": {"weight": "embedding"},
-    "norm": {"weight": "scale"},
-    "scales": {},
-}
+TIED = {"gemma", "gemma2", "gemma3_text"}  # whose head is the embedding unless their config.json says otherwise
 
 
-def leaf_name(kind: Kind, suffix: str) -> str:
-    """Our name of a float tensor of a module.
+def is_tied(config: Config) -> bool:
+    """Whether the head is the embedding.
 
-    >>> leaf_name("linear", "weight"), leaf_name("linear", "bias")
-    ('kernel', 'bias')
+    >>> is_tied({"model_type": "gemma2"}), is_tied({"model_type": "llama"})
+    (True, False)
     """
-    return _LEAVES[kind].get(suffix, suffix)
-
-
-def suffix_name(kind: Kind, leaf: str) -> str:
-    """Undoes `leaf_name`."""
-    return {ours: theirs for theirs, ours in _LEAVES[kind].items()}.get(leaf, leaf)
+    return bool(config.get("tie_word_embeddings", config.get("model_type") in TIED))
 
 
 def table_of(config: Config, modules: tuple[Module, ...] | None) -> tuple[Module, ...]:
@@ -168,27 +95,40 @@ def table_of(config: Config, modules: tuple[Module, ...] | None) -> tuple[Module
     if modules is not None:
         return modules
     model_type = config.get("model_type")
-    if model_type not in TABLES:
+    if not isinstance(model_type, str) or model_type not in TABLES:
         known = ", ".join(TABLES)
         raise NotImplementedError(f"model_type {model_type!r}: known are {known}; pass modules=, a table of your own")
     return TABLES[model_type]
 
 
-def find_module(table: tuple[Module, ...], module: str) -> tuple[Module, dict[str, str]] | None:
-    """The first line that speaks of a Hugging Face module, and its placeholders' values."""
-    for line in table:
-        if (values := line.match(module)) is not None:
-            return line, values
-    return None
+def read_table(file: pathlib.Path) -> tuple[Module, ...]:
+    """Reads a table from a JSON file.
 
+    The file holds `{"base": "llama", "modules": [{"hf": ..., "path": ..., "kind": ...}, ...]}`: lines with the fields
+    of `Module`, tried before those of `base`, the table of a known `model_type`. Without one they stand alone.
 
-def find_path(table: tuple[Module, ...], path: str) -> tuple[Module, dict[str, str]] | None:
-    """The first line that speaks of one of our module paths, and its placeholders' values."""
-    for line in table:
-        values = line.match_path(path)
-        if values is not None and (line.parts is None or values["part"] in line.parts):
-            return line, values
-    return None
+    Args:
+        file: the file.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: it is no such file; the message names the line.
+    """
+    content = read_json(file)
+    base, lines = content.get("base"), content.get("modules")
+    if content.keys() - {"base", "modules"} or not isinstance(lines, list):
+        raise ValueError(f'{file}: {{"base": model_type or null, "modules": [...]}} is needed, got {sorted(content)}')
+    if base is not None and (not isinstance(base, str) or base not in TABLES):
+        raise ValueError(f"{file}: base {base!r}; accepted: null, {', '.join(TABLES)}")
+    table = []
+    for number, line in enumerate(lines):
+        try:
+            table.append(Module(**line))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: modules[{number}] {str(line)[:120]}: {error}") from error
+    return (*table, *(TABLES[base] if base is not None else ()))
 
 
 def missing_modules(
@@ -207,7 +147,7 @@ def missing_modules(
     layers = config.get("num_hidden_layers")
     there = {line.hf.format(**values) for line, values in found}
     for line in table:
-        tied = line.hf == "lm_head" and config.get("tie_word_embeddings", False)
+        tied = line.hf == "lm_head" and is_tied(config)
         if "{" not in line.hf and not tied and not line.optional and line.hf not in there:
             yield line.hf
     others = {(line.hf, *sorted(rest(values))) for line, values in found if "i" in values and not line.optional}
@@ -216,8 +156,3 @@ def missing_modules(
             name = template.format(i=layer, **dict(values))
             if name not in there:
                 yield name
-
-
-def rest(values: dict[str, str]) -> list[tuple[str, str]]:
-    """The placeholders other than the layer's number."""
-    return [(name, value) for name, value in values.items() if name != "i"]
