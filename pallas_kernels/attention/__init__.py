@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +66,8 @@ def attention(
         kv_lengths: valid keys of each batch entry, int [B]. Clamped to S.
         scale: the softmax scale; 1 / sqrt(H) by default.
         mode: formats of the two products. "int8_fp8": int8 scores, e4m3 weights and values; "int8_f16": int8 scores,
-            the second product in v's own 16-bit format; "fp8": e4m3 in both; "int8_int8": int8 in both. "auto" is
-            "int8_fp8".
+            the second product in v's own 16-bit format; "fp8": e4m3 in both; "int8_int8": int8 in both; "f16_fp8":
+            scores of q and k as they are, e4m3 weights and values. "auto" is "int8_fp8".
         implementation: "mosaic_gpu" (a Hopper GPU; never falls back), "xla" (any device), or None: the kernel on a GPU
             where it supports the call, XLA elsewhere.
         config: tile shapes of the kernel; the default suits most calls.
@@ -89,7 +91,7 @@ def attention(
     mode = "int8_fp8" if mode == "auto" else mode
     masking = Masking(bias, mask, query_lengths, kv_lengths)
     _check(q, k, v, masking, mode, implementation)
-    sides = _window(window, causal)
+    sides = _window(window, causal, q.shape[1], k.shape[1])
     if config is None:
         lengths = masking.query_lengths is not None or masking.kv_lengths is not None
         masked = lengths or sides != (None, None) or k.shape[1] % Config.block_kv != 0
@@ -100,6 +102,8 @@ def attention(
     if implementation is None and reason is not None:
         implementation = "xla"
     softmax_scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not 0 < softmax_scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}")
     call = _Call(sides, softmax_scale, mode, implementation, config)
     masking = masking._replace(
         query_lengths=_clamped(query_lengths, q.shape[1]), kv_lengths=_clamped(kv_lengths, k.shape[1])
@@ -154,7 +158,7 @@ def _mosaic_gpu(call: _Call, qkv, masking: Masking) -> jax.Array:
     kv_lengths = masking.kv_lengths
     if kv_lengths is None and k.shape[1] != kv_tokens:
         kv_lengths = jnp.full((batch,), kv_tokens, jnp.int32)
-    keys = quantize_keys_mosaic_gpu(k, scores_dtype, block, kv_lengths)
+    keys = k if scores_dtype is None else quantize_keys_mosaic_gpu(k, scores_dtype, block, kv_lengths)
     values = v if values_dtype is None else quantize_values_mosaic_gpu(v, values_dtype, block, kv_lengths)
     lengths = None
     if masking.query_lengths is not None or masking.kv_lengths is not None:
@@ -182,13 +186,18 @@ def _pad(x: jax.Array, head_dim: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TMA_ROWS), (0, 0), (0, head_dim - x.shape[3])))
 
 
-def _window(window, causal: bool) -> Window:
+def _window(window, causal: bool, tokens: int, kv_tokens: int) -> Window:
+    """The keys seen left and right of a query; None where that is all of them."""
     left, right = window if isinstance(window, tuple) else (window, window)
     for side in (left, right):
-        if side is not None and side < 0:
-            raise ValueError(f"window must not be negative, got {window}")
+        if side is not None and (not isinstance(side, numbers.Integral) or side < 0):
+            raise ValueError(f"window must be whole numbers of keys, not negative, got {window}")
     if causal:
         right = 0
+    left, right = (
+        None if side is None or side >= last else int(side)
+        for side, last in ((left, tokens - 1), (right, kv_tokens - 1))
+    )
     return left, right
 
 

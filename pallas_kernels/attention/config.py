@@ -5,11 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.reference import MODES, Masking
+from pallas_kernels.attention.quantize import INT8
+from pallas_kernels.attention.reference import MODES, Masking, Mode
 
 SHARED_MEMORY_BYTES = 232_448
 ROWS = 64  # queries of one warpgroup: the rows of a wgmma
 HEAD_DIMS = (64, 128)
+SUM_CHANNELS = 8  # of ones beside the values': the least that a product has columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +24,21 @@ class Config:
         warpgroups: consumer warpgroups, each with 64 queries.
         ping_pong: whether a warpgroup waits its turn for the tensor cores, so that one multiplies while another
             computes its softmax; needs two warpgroups.
+        maxima_of_three: whether scores are compared as integers, three in an instruction; for int8 scores, which are
+            positive numbers while their offset is in them.
+        sum_by_product: whether the sum of a query's weights comes out of the product with the values, as a channel of
+            ones more, and is thus of the rounded weights; for 8-bit values.
+        exponentials_by_polynomial: of every 16 weights, how many are exponentials by a polynomial, to a third of a
+            percent, instead of by the special function unit; for 8-bit values.
     """
 
     block_kv: int = 128
     stages: int = 2
     warpgroups: int = 2
     ping_pong: bool = True
+    maxima_of_three: bool = False
+    sum_by_product: bool = False
+    exponentials_by_polynomial: int = 0
 
     def __post_init__(self):
         if self.block_kv not in (64, 128, 192, 256):
@@ -38,6 +49,8 @@ class Config:
             raise ValueError(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}")
         if self.ping_pong and self.warpgroups != 2:
             raise ValueError(f"ping_pong needs 2 warpgroups, got {self.warpgroups}")
+        if not 0 <= self.exponentials_by_polynomial <= 8:
+            raise ValueError(f"exponentials_by_polynomial must be from 0 to 8, got {self.exponentials_by_polynomial}")
 
 
 def default_config(q: jax.Array, k: jax.Array, v: jax.Array, mode: str, *, masked: bool) -> Config:
@@ -71,7 +84,12 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, masking: Masking, mode: s
         return f"head_dim must be at most {max(HEAD_DIMS)}, got {q.shape[-1]}"
     if 0 in q.shape or 0 in k.shape:
         return f"empty operands: q {q.shape}, k {k.shape}"
-    bytes_needed = shared_memory(q.shape[-1], q.dtype.itemsize, MODES[mode].values, config)
+    scores, values = MODES[mode]
+    if values is None and (config.sum_by_product or config.exponentials_by_polynomial):
+        return f"{config} needs 8-bit weights, mode {mode!r} has none"
+    if scores != INT8 and config.maxima_of_three:
+        return f"{config} needs int8 scores, mode {mode!r} has none"
+    bytes_needed = shared_memory(q.shape[-1], q.dtype.itemsize, MODES[mode], config)
     if bytes_needed > SHARED_MEMORY_BYTES:
         return f"{config} needs {bytes_needed} bytes of shared memory, Hopper has {SHARED_MEMORY_BYTES}"
     return None
@@ -82,9 +100,11 @@ def padded_head_dim(head_dim: int) -> int:
     return next(size for size in HEAD_DIMS if size >= head_dim)
 
 
-def shared_memory(head_dim: int, float_bytes: int, values_dtype: jnp.dtype | None, config: Config) -> int:
+def shared_memory(head_dim: int, float_bytes: int, mode: Mode, config: Config) -> int:
     """Bytes of shared memory of one block, with 1 KB for barriers."""
     head_dim = padded_head_dim(head_dim)
-    queries = config.warpgroups * ROWS * head_dim * (float_bytes + 1)
-    value_bytes = float_bytes if values_dtype is None else 1
-    return queries + config.stages * config.block_kv * head_dim * (1 + value_bytes) + 1024
+    query_bytes = float_bytes if mode.scores is None else float_bytes + 1  # as they come, and their codes
+    tile_bytes = sum(float_bytes if dtype is None else 1 for dtype in mode)
+    staged = config.stages * config.block_kv
+    ones = SUM_CHANNELS * staged if config.sum_by_product else 0
+    return head_dim * (config.warpgroups * ROWS * query_bytes + staged * tile_bytes) + ones + 1024

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._shared_memory import tiled
-from pallas_kernels.attention.config import ROWS, Config
+from pallas_kernels.attention.config import ROWS, SUM_CHANNELS, Config
 from pallas_kernels.attention.quantize import (
     INT8,
     LARGEST_CODE,
@@ -46,8 +46,10 @@ from pallas_kernels.attention.registers import (
     along_rows,
     keep_columns,
     largest_of_columns,
+    powers_of_two,
     repeat_columns,
     round_to_operand,
+    split_columns,
     sum_of_own_columns,
     sum_of_parts,
 )
@@ -59,7 +61,7 @@ REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # of a thread that compu
 
 def quantized_attention(
     q: jax.Array,
-    keys: Keys,
+    keys: Keys | jax.Array,
     values: Values | jax.Array,
     lengths: tuple[jax.Array, jax.Array] | None,
     *,
@@ -73,7 +75,7 @@ def quantized_attention(
 
     Args:
         q: [B, T, N, H] bfloat16 or float16, H of 64 or 128.
-        keys: quantized keys in blocks of config.block_kv.
+        keys: quantized keys in blocks of config.block_kv, or K itself [B, S, K, H] for a mode with float scores.
         values: quantized values, tokens interleaved, or V itself [B, S, K, H] for a mode with float values.
         lengths: query and key lengths [B] int32, or None.
         mode: a key of MODES.
@@ -86,46 +88,42 @@ def quantized_attention(
         [B, T, N, H] in q's dtype.
     """
     batch, tokens, heads, _ = q.shape
-    plan = _Plan(MODES[mode], tokens, kv_tokens, window, scale, config)
-    quantized_values = isinstance(values, Values)
-    operands = [q, keys.codes, keys.scale, *(values if quantized_values else (values,)), *(lengths or ())]
-
-    def body(*refs):
-        q, k, k_scale, v, *others = refs[: len(operands)]
-        v_scale = others.pop(0) if quantized_values else None
-        out, *scratch = refs[len(operands) :]
-        _kernel(plan, _Refs(q, k, k_scale, v, v_scale, tuple(others), out), _Shared(*scratch))
-
+    k, k_scale = keys if isinstance(keys, Keys) else (keys, None)
+    v, v_scale = values if isinstance(values, Values) else (values, None)
+    kv_heads = k.shape[2 if k_scale is None else 1]
+    plan = _Plan(MODES[mode], tokens, kv_tokens, heads // kv_heads, window, scale, config)
+    ones = jnp.ones((SUM_CHANNELS, config.block_kv), v.dtype) if config.sum_by_product else None
     call = plgpu.kernel(
-        body,
+        lambda operands, out, *scratch: _kernel(plan, operands, out, _Shared(*scratch)),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_types=_scratch(plan, operands),
+        scratch_types=_scratch(plan, q, k, v),
         grid=(heads, batch, pl.cdiv(tokens, plan.rows)),
         grid_names=("head", "batch", "query_tile"),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    return call(*operands)
+    return call(_Operands(q, k, k_scale, v, v_scale, lengths or (), ones))
 
 
-def _scratch(plan: "_Plan", operands: list[jax.Array]) -> "_Shared":
+def _scratch(plan: "_Plan", q: jax.Array, k: jax.Array, v: jax.Array) -> "_Shared":
     """The types of the shared memory of one block."""
-    q, k, _, v, *_ = operands
     config, head_dim = plan.config, q.shape[3]
     groups, block, stages = config.warpgroups, config.block_kv, config.stages
     barriers = functools.partial(plgpu.Barrier, num_barriers=stages)
+    channels = head_dim + (SUM_CHANNELS if config.sum_by_product else 0)
     return _Shared(
         q=tiled((groups, ROWS, head_dim), q.dtype),
-        codes=tiled((groups, ROWS, head_dim), k.dtype),
+        codes=None if plan.float_scores else tiled((groups, ROWS, head_dim), k.dtype),
         k=tiled((stages, block, head_dim), k.dtype),
-        v=tiled((stages, *((block, head_dim) if plan.float_values else (head_dim, block))), v.dtype),
+        v=tiled((stages, *((block, head_dim) if plan.float_values else (channels, block))), v.dtype),
         q_ready=plgpu.Barrier(num_barriers=groups),
         k_ready=barriers(),
         v_ready=barriers(),
         k_free=barriers(num_arrivals=groups),
         v_free=barriers(num_arrivals=groups),
         turn=plgpu.Barrier(num_arrivals=groups),
+        ones_ready=plgpu.Barrier(num_arrivals=stages) if config.sum_by_product else None,
     )
 
 
@@ -133,7 +131,7 @@ class _Shared(NamedTuple):
     """Shared memory and barriers of one block, in the order in which they are allocated."""
 
     q: Any  # queries as they come, outputs as they go
-    codes: Any
+    codes: Any  # of queries, None for float scores
     k: Any
     v: Any
     q_ready: Any
@@ -142,10 +140,11 @@ class _Shared(NamedTuple):
     k_free: Any
     v_free: Any
     turn: Any
+    ones_ready: Any  # None where weights are not summed by a product
 
 
-class _Refs(NamedTuple):
-    """The operands in global memory; v_scale is None for float values, lengths empty where there are none."""
+class _Operands(NamedTuple):
+    """Arrays in global memory: no scale of what stays float, no lengths where there are none."""
 
     q: Any
     k: Any
@@ -153,7 +152,7 @@ class _Refs(NamedTuple):
     v: Any
     v_scale: Any
     lengths: tuple
-    out: Any
+    ones: Any  # [8, block_kv], None where weights are not summed by a product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +162,7 @@ class _Plan:
     mode: Mode
     tokens: int
     kv_tokens: int
+    heads_per_kv_head: int
     window: Window
     scale: float
     config: Config
@@ -171,6 +171,11 @@ class _Plan:
     def rows(self) -> int:
         """Queries of a block."""
         return self.config.warpgroups * ROWS
+
+    @property
+    def float_scores(self) -> bool:
+        """Whether Q K is computed in their own format."""
+        return self.mode.scores is None
 
     @property
     def float_values(self) -> bool:
@@ -186,9 +191,9 @@ class _Plan:
 class _Block:
     """What one block computes: 64 queries of one head for each consumer warpgroup."""
 
-    def __init__(self, plan: _Plan, refs: _Refs):
+    def __init__(self, plan: _Plan, refs: _Operands):
         self.batch, self.head = lax.axis_index("batch"), lax.axis_index("head")
-        self.kv_head = lax.div(self.head, jnp.int32(refs.q.shape[2] // refs.k.shape[1]))
+        self.kv_head = lax.div(self.head, jnp.int32(plan.heads_per_kv_head))
         # The last queries of a causal head see the most keys: longest first fills the machine best.
         query_tile = lax.axis_size("query_tile") - 1 - lax.axis_index("query_tile")
         self.first_query = query_tile * plan.rows
@@ -206,7 +211,7 @@ class _Block:
         return lax.rem(tile - self.tiles.begin, jnp.int32(self.stages))
 
 
-def _kernel(plan: _Plan, refs: _Refs, smem: _Shared):
+def _kernel(plan: _Plan, refs: _Operands, out_ref, smem: _Shared):
     """One block: warpgroups that compute, and a last one whose first warp copies for them."""
     block = _Block(plan, refs)
     group, groups = lax.axis_index("warpgroup"), plan.config.warpgroups
@@ -215,7 +220,7 @@ def _kernel(plan: _Plan, refs: _Refs, smem: _Shared):
     @pl.when(group < groups)
     def _compute():
         plgpu.set_max_registers(computing, action="increase")
-        _attend(plan, refs, smem, block, group)
+        _attend(plan, refs, out_ref, smem, block, group)
 
     @pl.when(group == groups)
     def _copy():
@@ -226,49 +231,68 @@ def _kernel(plan: _Plan, refs: _Refs, smem: _Shared):
             pl.when(warp == 0)(lambda: _copy_tiles(plan, refs, smem, block))
 
 
-def _attend(plan: _Plan, refs: _Refs, smem: _Shared, block: _Block, group):
+def _attend(plan: _Plan, refs: _Operands, out_ref, smem: _Shared, block: _Block, group):
     """Attention of one warpgroup's 64 queries: for every tile of keys QK, online softmax, PV."""
     config, tiles = plan.config, block.tiles
-    rows, codes = smem.q.at[group], smem.codes.at[group]
+    rows = smem.q.at[group]
     first_query = block.first_query + group * ROWS
     queries = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (ROWS,), 0), PER_ROW) + first_query
     ours = block.batch, pl.ds(first_query, ROWS), block.head
     plgpu.copy_gmem_to_smem(refs.q.at[ours], rows, smem.q_ready.at[group])
     plgpu.barrier_wait(smem.q_ready.at[group])
-    q_scale = _quantize_rows(rows, codes, plan.mode.scores) * (plan.scale * LOG2_E)
+    if plan.float_scores:
+        codes, q_scale = rows, None
+    else:
+        codes = smem.codes.at[group]
+        q_scale = _quantize_rows(rows, codes, plan.mode.scores) * (plan.scale * LOG2_E)
     if config.ping_pong:
         pl.when(group == 1)(lambda: _pass_turn(smem.turn))
 
     def step(tile, state):
         acc, maximum, total = state
-        k_scale = _per_column(refs.k_scale.at[block.batch, block.kv_head, tile])  # arrives while scores are computed
+        k_scale = None
+        if not plan.float_scores:  # arrives while the scores are computed
+            k_scale = _per_column(refs.k_scale.at[block.batch, block.kv_head, tile])
         x = _scores(plan, smem, codes, block.slot(tile))
         if tiles.masked:
             hide = functools.partial(_hide, plan, block, queries, tile)
             x = lax.cond(tiles.partly_seen(tile), hide, lambda x: x, x)
-        p, decay, maximum, total = _softmax(plan, x, q_scale, k_scale, maximum, total)
+        p, decay, maximum = _softmax(plan, x, q_scale, k_scale, maximum)
+        if not config.sum_by_product:
+            total = total * decay + sum_of_own_columns(p)
         acc, total = _add_values(plan, smem, block.slot(tile), p, decay, acc, total)
         return acc, maximum, total
 
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, rows.shape[1]), jnp.float32), TILE)
+    head_dim = rows.shape[1]
+    channels = head_dim
+    if config.sum_by_product:
+        channels += SUM_CHANNELS
+        plgpu.barrier_wait(smem.ones_ready)
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, channels), jnp.float32), TILE)
     acc, _, total = lax.fori_loop(tiles.begin, tiles.end, step, (acc, _per_row(LOWEST_MAXIMUM), _per_row(0.0)))
-    total = sum_of_parts(total)
+    acc, total = split_columns(acc, head_dim) if config.sum_by_product else (acc, sum_of_parts(total))
     if config.ping_pong:
         pl.when(group == 0)(lambda: _pass_turn(smem.turn))
 
     total = jnp.where((queries < block.q_length) & (total != 0.0), total, jnp.inf)  # nothing seen: zeros
     out = acc * along_rows(1.0 / total, acc)
+    if refs.lengths:  # a query past the length may be NaN
+        out = jnp.where(along_rows(queries < block.q_length, out), out, 0.0)
     if refs.v_scale is not None:
         out = out * along_columns(_per_column(refs.v_scale.at[block.batch, block.kv_head]), out)
-    rows[...] = out.astype(refs.out.dtype)
+    rows[...] = out.astype(out_ref.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(rows, refs.out.at[ours])
+    plgpu.copy_smem_to_gmem(rows, out_ref.at[ours])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _copy_tiles(plan: _Plan, refs: _Refs, smem: _Shared, block: _Block):
+def _copy_tiles(plan: _Plan, refs: _Operands, smem: _Shared, block: _Block):
     """The producer: keys and values of every tile, each as soon as its stage is free."""
     config, tiles = plan.config, block.tiles
+    if config.sum_by_product:
+        for stage in range(config.stages):
+            ones = smem.v.at[stage, pl.ds(refs.v.shape[2], SUM_CHANNELS)]
+            plgpu.copy_gmem_to_smem(refs.ones, ones, smem.ones_ready)
 
     @pl.loop(tiles.begin, tiles.end)
     def _(tile):
@@ -277,14 +301,16 @@ def _copy_tiles(plan: _Plan, refs: _Refs, smem: _Shared, block: _Block):
         refill = tile - tiles.begin >= config.stages
         head = block.batch, block.kv_head
         pl.when(refill)(lambda: plgpu.barrier_wait(smem.k_free.at[slot]))
-        plgpu.copy_gmem_to_smem(refs.k.at[*head, keys], smem.k.at[slot], smem.k_ready.at[slot])
+        index = (block.batch, keys, block.kv_head) if plan.float_scores else (*head, keys)
+        plgpu.copy_gmem_to_smem(refs.k.at[index], smem.k.at[slot], smem.k_ready.at[slot])
         pl.when(refill)(lambda: plgpu.barrier_wait(smem.v_free.at[slot]))
         index = (block.batch, keys, block.kv_head) if plan.float_values else (*head, slice(None), keys)
-        plgpu.copy_gmem_to_smem(refs.v.at[index], smem.v.at[slot], smem.v_ready.at[slot])
+        values = smem.v.at[slot, pl.ds(0, refs.v.shape[2])] if config.sum_by_product else smem.v.at[slot]
+        plgpu.copy_gmem_to_smem(refs.v.at[index], values, smem.v_ready.at[slot])
 
 
 def _scores(plan: _Plan, smem: _Shared, codes, slot):
-    """Products of query codes and a tile of key codes [ROWS, block_kv], `plan.offset` too large."""
+    """Products of queries or their codes and a tile of keys or theirs [ROWS, block_kv], `plan.offset` too large."""
     plgpu.barrier_wait(smem.k_ready.at[slot])
 
     def multiply(scores_ref):
@@ -303,21 +329,27 @@ def _hide(plan: _Plan, block: _Block, queries, tile, x):
     return keep_columns(x, *bounds)
 
 
-def _softmax(plan: _Plan, x, q_scale, k_scale, maximum, total):
-    """Weights of one tile's scores against the running maximum, what to decay earlier sums by, and the new statistics.
+def _softmax(plan: _Plan, x, q_scale, k_scale, maximum):
+    """Weights of one tile's scores against the running maximum, what to decay earlier sums by, and the new maximum.
 
     Dequantization, softmax scale, offset, maximum and the fixed scale of 8-bit weights are one FMA per score.
     """
-    largest = largest_of_columns(x)
-    step_size = along_rows(q_scale, largest) * along_columns(k_scale, largest)
-    new_maximum = jnp.maximum(maximum, jnp.max((largest - plan.offset) * step_size, axis=1))
     log_scale = 0.0 if plan.float_values else math.log2(LARGEST_CODE[plan.mode.values])
-    shift = log_scale - plan.offset * step_size
-    shift = shift - along_rows(new_maximum, shift)
-    columns = x.shape[1]
-    p = jnp.exp2(x * repeat_columns(step_size, columns) + repeat_columns(shift, columns))
+    largest = largest_of_columns(x, as_integers=plan.config.maxima_of_three)
+    if plan.float_scores:
+        step_size = plan.scale * LOG2_E
+        new_maximum = jnp.maximum(maximum, jnp.max(largest, axis=1) * step_size)
+        y = x * step_size + along_rows(log_scale - new_maximum, x)
+    else:
+        step_size = along_rows(q_scale, largest) * along_columns(k_scale, largest)
+        new_maximum = jnp.maximum(maximum, jnp.max((largest - plan.offset) * step_size, axis=1))
+        shift = log_scale - plan.offset * step_size
+        shift = shift - along_rows(new_maximum, shift)
+        columns = x.shape[1]
+        y = x * repeat_columns(step_size, columns) + repeat_columns(shift, columns)
+    p = powers_of_two(y, plan.config.exponentials_by_polynomial)
     decay = jnp.exp2(maximum - new_maximum)
-    return p, decay, new_maximum, total * decay + sum_of_own_columns(p)
+    return p, decay, new_maximum
 
 
 def _add_values(plan: _Plan, smem: _Shared, slot, p, decay, acc, total):

@@ -21,9 +21,12 @@ Window = tuple[int | None, int | None]
 
 
 class Mode(NamedTuple):
-    """The formats of the two products; a value format of None keeps V's own float format, and P takes it too."""
+    """The formats of the two products.
 
-    scores: jnp.dtype
+    None keeps the operands' own float format: Q and K as they are in the first, V in the second, and P takes it too.
+    """
+
+    scores: jnp.dtype | None
     values: jnp.dtype | None
 
 
@@ -32,6 +35,7 @@ MODES = {
     "int8_f16": Mode(INT8, None),
     "fp8": Mode(E4M3, E4M3),
     "int8_int8": Mode(INT8, INT8),
+    "f16_fp8": Mode(None, E4M3),
 }
 
 
@@ -49,13 +53,7 @@ def attention_reference(
 ) -> jax.Array:
     """Attention of [B, T, N, H] queries with both products on quantized operands, softmax in float32, base 2."""
     scores_dtype, values_dtype = MODES[mode]
-    codes, q_scale = quantize_queries(q, scale, scores_dtype)
-    keys = quantize_keys(k, scores_dtype, block, masking.kv_lengths)
-    scores = _grouped_scores(codes, keys.codes, k.shape[2])[..., : k.shape[1]]
-    key_scale = jnp.repeat(keys.scale[:, :, :, None], block // 8, axis=3).reshape(*keys.codes.shape[:3])
-    key_scale = key_scale[..., : k.shape[1]]
-    scores = scores * q_scale.transpose(0, 2, 1).reshape(*scores.shape[:-1], 1) * key_scale[:, :, None, None]
-    scores = scores.reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    scores = _scores(q, k, masking.kv_lengths, scale, scores_dtype, block)
     if masking.bias is not None:
         scores = scores + jnp.broadcast_to(masking.bias, scores.shape).astype(jnp.float32) * LOG2_E
     scores = jnp.where(visible(masking, window, scores.shape), scores, -jnp.inf)
@@ -74,6 +72,20 @@ def attention_reference(
     return (out / jnp.where(total == 0, 1.0, total)).astype(q.dtype)  # a query that sees no key yields zeros
 
 
+def _scores(q, k, kv_lengths: jax.Array | None, scale: float, dtype: jnp.dtype | None, block: int) -> jax.Array:
+    """Scores [B, N, T, S] in base 2."""
+    shape = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
+    if dtype is None:
+        return _grouped_scores(q, k.swapaxes(1, 2), k.shape[2]).reshape(shape) * (scale * LOG2_E)
+    codes, q_scale = quantize_queries(q, scale, dtype)
+    keys = quantize_keys(k, dtype, block, kv_lengths)
+    scores = _grouped_scores(codes, keys.codes, k.shape[2])[..., : k.shape[1]]
+    key_scale = jnp.repeat(keys.scale[:, :, :, None], block // 8, axis=3).reshape(*keys.codes.shape[:3])
+    key_scale = key_scale[..., : k.shape[1]]
+    scores = scores * q_scale.transpose(0, 2, 1).reshape(*scores.shape[:-1], 1) * key_scale[:, :, None, None]
+    return scores.reshape(shape)
+
+
 def visible(masking: Masking, window: Window, shape: tuple[int, ...]) -> jax.Array:
     """Boolean [B, N, T, S]: which scores count."""
     query, key = lax.broadcasted_iota(jnp.int32, shape, 2), lax.broadcasted_iota(jnp.int32, shape, 3)
@@ -90,7 +102,7 @@ def visible(masking: Masking, window: Window, shape: tuple[int, ...]) -> jax.Arr
 
 
 def _grouped_scores(q: jax.Array, k: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, K, G, T, S] products of codes q [B, T, K*G, H] and k [B, K, S, H], summed exactly for int8."""
+    """[B, K, G, T, S] products of q [B, T, K*G, H] and k [B, K, S, H] in one format, summed exactly for int8."""
     batch, tokens, heads, head_dim = q.shape
     q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
     accumulator = jnp.int32 if q.dtype == jnp.int8 else jnp.float32

@@ -22,6 +22,7 @@ PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 MAGIC = 1.5 * 2**23  # float32 from here to 2^23 further has steps of 1
 MAGIC_BITS = 0x4B400000
+PARABOLA = 1.0004423283, 0.7034276790, 0.2384181403  # of f, nearest to 2**f in relative error from -1/2 to 1/2
 QUAD_COLUMNS = 8  # the columns that the four lanes of a quad hold together, two each
 
 
@@ -47,17 +48,28 @@ def repeat_columns(x, columns: int):
     return repeat(x)  # pyright: ignore[reportCallIssue] - the context is passed by the decorator
 
 
-def largest_of_columns(x):
-    """The maxima [rows, 8] of x [rows, columns] over columns that are equal modulo 8: no lane asks another."""
+def largest_of_columns(x, *, as_integers: bool = False):
+    """The maxima [rows, 8] of x [rows, columns] over columns that are equal modulo 8: no lane asks another.
+
+    Numbers that are positive, or -inf, order as their bits do as integers, of which one instruction compares three.
+    """
     shape = (x.shape[0], QUAD_COLUMNS)
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, TILE))
     def largest(ctx, x):
-        registers = x.registers[:, :1].copy()
-        for block in range(1, x.registers.shape[1]):
+        pair, words = (ir.VectorType.get((2,), t) for t in (ir.F32Type.get(), ir.IntegerType.get_signless(32)))
+        values, larger = x.registers.copy(), arith.maximumf
+        if as_integers:
+            larger = arith.maxsi
+            for index in np.ndindex(values.shape):
+                values[index] = vector.bitcast(words, values[index])
+        registers = values[:, :1].copy()
+        for block in range(1, values.shape[1]):
             for index in np.ndindex(registers.shape):
-                here = (index[0], block, *index[2:])
-                registers[index] = arith.maximumf(registers[index], x.registers[here])
+                registers[index] = larger(registers[index], values[(index[0], block, *index[2:])])
+        if as_integers:
+            for index in np.ndindex(registers.shape):
+                registers[index] = vector.bitcast(pair, registers[index])
         return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
     return largest(x)  # pyright: ignore[reportCallIssue]
@@ -127,6 +139,25 @@ def sum_of_own_columns(x):
     return fold(x)  # pyright: ignore[reportCallIssue]
 
 
+def split_columns(x, columns: int):
+    """The first `columns` of x [rows, columns + 8], and as [rows] the one behind them, which the 8 last all are."""
+    shapes = (x.shape[0], columns), x.shape[:1]
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE,),
+        return_type=[
+            plgpu.ShapeDtypeStruct(shape, x.dtype, layout)
+            for shape, layout in zip(shapes, (TILE, PER_ROW), strict=True)
+        ],
+    )
+    def split(ctx, x):
+        first, last = np.split(x.registers, [columns // QUAD_COLUMNS], axis=1)
+        first = fa.FragmentedArray(_registers=first, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
+        return first, _per_row([_scalar(register) for register in last.flat])
+
+    return split(x)  # pyright: ignore[reportCallIssue]
+
+
 def sum_of_parts(x):
     """The sums over a row's four lanes of [rows] that hold a part each."""
 
@@ -143,13 +174,54 @@ def sum_of_parts(x):
     return add(x)  # pyright: ignore[reportCallIssue]
 
 
+def powers_of_two(y, by_polynomial: int):
+    """2**y of float32 y [rows, columns], of every 16 blocks of 8 columns so many on the FMA units.
+
+    The special function unit gives 16 a cycle and is what a softmax waits for, of FMAs there are 128 a cycle. By these,
+    2**y = 2**n 2**f, n the nearest integer of y and f what is left, of which a parabola is right to 0.0018 of the
+    value: a fraction of what 8 bits round off. From -127 down the result is 0, but for values below every float16.
+    """
+    if not by_polynomial:
+        return jnp.exp2(y)
+
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(y.shape, y.dtype, TILE))
+    def power(ctx, y):
+        def of(registers):
+            return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
+
+        mixed = np.array([block * by_polynomial % 16 < by_polynomial for block in range(y.registers.shape[1])])
+        registers = y.registers.copy()
+        registers[:, ~mixed] = of(y.registers[:, ~mixed]).exp2(approx=True).registers
+        registers[:, mixed] = _parabola(of(y.registers[:, mixed])).registers
+        return of(registers)
+
+    return power(y)  # pyright: ignore[reportCallIssue]
+
+
+def _parabola(y):
+    word = ir.IntegerType.get_signless(32)
+    c = [
+        fa.FragmentedArray.splat(arith.constant(ir.F32Type.get(), x), y.shape, y.layout)
+        for x in (-127.0, MAGIC, *PARABOLA)
+    ]
+    shifted = y.max(c[0]) + c[1]
+    f = y.max(c[0]) - (shifted - c[1])
+    mantissa = (c[4] * f + c[3]) * f + c[2]
+    exponent = shifted.bitcast(word, output_is_signed=True) * fa.FragmentedArray.splat(
+        arith.constant(word, 1 << 23), y.shape, y.layout, is_signed=True
+    )
+    bits = exponent + mantissa.bitcast(word, output_is_signed=True)
+    return bits.bitcast(ir.F32Type.get())
+
+
 def _scalar(register):
     return vector.extract(register, dynamic_position=[], static_position=[0])
 
 
 def _per_row(values):
-    element = ir.VectorType.get((1,), ir.F32Type.get())
-    registers = np.array([vector.broadcast(element, value) for value in values], dtype=object).reshape(1, 1, 2, 1, 1)
+    element, registers = ir.VectorType.get((1,), ir.F32Type.get()), np.empty((1, 1, 2, 1, 1), dtype=object)
+    for row, value in enumerate(values):
+        registers[0, 0, row, 0, 0] = vector.broadcast(element, value)
     return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_ROW_LAYOUT, _is_signed=None)
 
 

@@ -175,6 +175,14 @@ def test_key_tiles_cover_what_is_visible(window, tokens, keys):
         assert not valid[:, end:].any()
 
 
+def test_a_window_wider_than_the_tokens_hides_nothing(rng):
+    """However wide: the sum of a position and the largest int32 would be negative."""
+    case = Case(1, 24, 40, 2, 2, 64)
+    qkv = operands(rng, case)
+    for window, narrow in ((2**31 - 1, None), ((2**40, 3), (None, 3)), ((23, 39), None)):
+        np.testing.assert_array_equal(attention(*qkv, window=window), attention(*qkv, window=narrow))
+
+
 def test_mask_and_bias_take_the_xla_route(rng):
     case = Case(1, 48, 80, 4, 2, 64)
     qkv = operands(rng, case)
@@ -217,7 +225,9 @@ def test_no_visible_key_gives_zeros_and_nan_is_not_hidden(rng):
         ({"q": (1, 8, 4, 64)}, "batch and head_dim"),
         ({"mode": "int4"}, "mode must be"),
         ({"implementation": "triton"}, "implementation must be"),
-        ({"window": -1}, "window must not be negative"),
+        ({"window": -1}, "window must be whole"),
+        ({"window": (3, 0.5)}, "window must be whole"),
+        ({"scale": 0.0}, "scale must be positive"),
         ({"kv_lengths": jnp.ones((3,), jnp.int32)}, "kv_lengths must be"),
         ({"mask": jnp.ones((2, 4, 8, 8), jnp.float32)}, "mask must be boolean"),
         ({"bias": jnp.ones((8, 8), jnp.float32)}, "bias must be broadcastable"),
