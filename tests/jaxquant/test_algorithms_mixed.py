@@ -22,7 +22,7 @@ from jaxquant.algorithms.learned_rounding import (
 )
 from jaxquant.algorithms.llm_int8 import llm_int8, salient
 from jaxquant.algorithms.rtn import apply_rtn, rtn
-from jaxquant.arrays._outliers import OutlierArray, dequantize_outliers, split_activation
+from jaxquant.arrays._outliers import OutlierArray, dequantize_outliers, dequantize_weight, split_activation
 from jaxquant.arrays._qarray import codes_of, dequantize_array, quantize_array
 from jaxquant.arrays._spec import PRESETS, PerGroup, QuantSpec, TensorSpec
 
@@ -69,13 +69,19 @@ def test_llm_int8_reports_outliers_that_do_not_fit(rng):
 
 
 def test_salient_channels_and_gptq(rng):
+    """A channel that is large and goes by itself cannot be made up for: its rounding is nearly all of the error.
+
+    Beside it the rest is some 0.007, so that its 12 errors would all have to be small: one run in 10^12.
+    """
     x, w = problem(rng)
-    x[:, 20] *= 100
-    q, report = quantize_weight(jnp.asarray(w), W4, chain(salient(fraction=0.01), gptq()), gather(x))
+    x[:, 20] = 100 * rng.standard_normal(len(x))
+    alone = gptq(rounds=0)  # refitted scales would fit that one channel
+    q, report = quantize_weight(jnp.asarray(w), W4, chain(salient(fraction=0.01), alone), gather(x))
     assert q.index.item() == 20
-    bare = quantize_weight(jnp.asarray(w), W4, gptq(), gather(x))[1]
-    assert report["error"] < bare["error"]
     assert report["dead"] == 1
+    bare, _ = quantize_weight(jnp.asarray(w), W4, alone, gather(x))
+    kept, stretched = (np.sum((x @ (np.asarray(dense) - w)) ** 2) for dense in map(dequantize_weight, (q, bare)))
+    assert kept < stretched
 
 
 def test_outliers_of_a_stack_with_heads(rng):
@@ -120,6 +126,7 @@ def test_full_compensation_is_least_squares(rng):
 
 
 def test_compensation_lowers_the_error_against_float_outputs(rng):
+    """Full strength lowers it by 0.15 more than the default, and that by 0.28: each eleven deviations or more."""
     x_float, w = problem(rng)
     x = (x_float + 0.3 * rng.standard_normal(x_float.shape)).astype(np.float32)
     stats = cross_statistics(x, x_float)
@@ -137,13 +144,17 @@ def test_equal_inputs_need_no_compensation(rng):
     np.testing.assert_array_equal(state.weight, w)
 
 
+FEW = 16  # tokens for 64 channels: in the other directions rounding errors cost nothing, so that there is much to gain
+
+
 @pytest.mark.parametrize(("qtype", "optimizer"), [("int3", "sign"), ("uint4", "adam")])
 def test_learned_rounding_lowers_the_error(rng, qtype, optimizer):
-    x, w = problem(rng)
+    """Of the error 0.6 goes, 0.07 more or less: 0.1 of it is seven deviations away."""
+    x, w = problem(rng, tokens=FEW)
     spec = QuantSpec(TensorSpec(qtype, PerGroup(16), range="mse", scale_dtype="bfloat16"))
     transform = learned_rounding(output="layer", steps=100, optimizer=optimizer)
     q, report = quantize_weight(jnp.asarray(w), spec, transform, gather(x))
-    assert report["error"] < report["error_rtn"]  # it keeps the best it saw, and starts from round-to-nearest
+    assert report["error"] < 0.9 * report["error_rtn"]
     assert q.scale.dtype == jnp.bfloat16
 
 
@@ -171,8 +182,8 @@ def test_untrained_rounding_is_the_start(rng, qtype):
 
 
 def test_rounding_trains_on_any_objective(rng):
-    """A nonlinear function of the layer's output, as a block's, goes down."""
-    x, w = problem(rng)
+    """A nonlinear function of the layer's output, as a block's, goes down: by 0.65, and 0.03 more or less."""
+    x, w = problem(rng, tokens=FEW)
     state = apply_rtn(WeightState(jnp.asarray(w), gather(x)), W4)
     start = start_of(state, W4)
     target = jnp.tanh(jnp.asarray(x @ w))
