@@ -3,7 +3,9 @@
 import datetime
 import json
 import math
+import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import time
@@ -111,10 +113,15 @@ def graph_microseconds(calls: list, *, replays: int = 20) -> float:
 
 
 def conditions() -> dict:
-    """Date, device, versions and commit: what every figure is published with."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """Date, device, versions and commit: what every figure is published with.
+
+    The commit is what the environment variable JAXQUANT_COMMIT says (on a machine that has the files but no
+    repository), else the repository's.
+    """
+    commit = os.environ.get("JAXQUANT_COMMIT", "")
+    if not commit and shutil.which("git"):
+        command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,

@@ -8,7 +8,7 @@ from jax import lax
 
 from experiments._clock import rotations
 from pallas_kernels.activation_quant import activation_quant
-from pallas_kernels.int8_matmul import int8_matmul
+from pallas_kernels.int8_matmul import Int8Weight, int8_matmul, int8_matmul_many
 
 # One rounding of the result is off by at most half an eps of each element. The fp8 tensor core truncates sums of 128
 # products to about 14 bits: below that again. So the norm of the error stays under one eps of the norm of the result.
@@ -126,6 +126,32 @@ def prepare(data: dict, config=None, out_dtype: str = "bfloat16", implementation
             outs.append(jax.block_until_ready(run(*operands)))
         error, same = float(relative_error(outs[0], *operands)), bool((outs[0] == outs[1]).all())
         return {"relative_error": error, "deterministic": same, "ok": error <= TOLERANCE[out_dtype] and same}
+
+    return verify
+
+
+def prepare_siblings(seed: int, m: int, k: int, outputs: tuple[int, ...], dtype: str, form: str):
+    """Compile one product with several weights; the result runs it twice and gives the worst error of any."""
+    data = [problem(seed + i, m, k, n, dtype, form) for i, n in enumerate(outputs)]
+    alike = [data[0][name] for name in ("x", "x_scale", "x_zero_point")]
+
+    def product(x, x_scale, zero, weights):
+        given = [Int8Weight(weight, scale, num_outputs=weight.shape[0]) for weight, scale in weights]
+        return int8_matmul_many(x, given, x_scale, x_zero_point=zero, implementation="mosaic_gpu")
+
+    weights = [d["weights"][0] for d in data]
+    run = jax.jit(product).lower(*alike, weights).compile()
+
+    def verify() -> dict:
+        outs, again = run(*alike, weights), run(*alike, weights)
+        x, x_scale, zero = alike
+        errors = [
+            float(_relative_error(out, x, weight, x_scale, scale, zero, None))
+            for out, (weight, scale) in zip(outs, weights, strict=True)
+        ]
+        same = all(bool((a == b).all()) for a, b in zip(outs, again, strict=True))
+        worst = max(errors)
+        return {"relative_error": worst, "deterministic": same, "ok": worst <= TOLERANCE["bfloat16"] and same}
 
     return verify
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
-from experiments import _clock
+from experiments import _bars, _clock
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder, KVCache
 
@@ -45,6 +45,17 @@ LAUNCHES = {"w4a16": 4, "w8a8": 4 + 4, "w4a8": 4 + 4}
 TREES = {"w4a16": ("w4a16", False), "w4a16+head": ("w4a16", True), "w8a8": ("w8a8", False), "w4a8": ("w4a8", False)}
 TIMED = {"decode": ("bf16", "w4a16", "w4a16+head"), "prefill": ("bf16", "w4a16", "w8a8", "w4a8")}
 TIMED["loop"] = TIMED["decode"]
+# Speed-ups asked for, by kind, tree, and batch or tokens.
+BARS = {
+    ("decode", "w4a16", 1): 1.9,
+    ("decode", "w4a16", 16): 1.6,
+    ("decode", "w4a16+head", 1): 2.1,
+    ("decode", "w4a16+head", 16): 1.75,
+    ("prefill", "w4a16", 4096): 0.95,
+    ("prefill", "w8a8", 4096): 1.4,
+    ("prefill", "w4a8", 4096): 1.25,
+}
+BARS |= {("loop", tree, size): least for (kind, tree, size), least in BARS.items() if kind == "decode"}
 KERNEL = 'custom_call_target="mosaic_gpu_v2"'
 
 
@@ -206,6 +217,15 @@ def time_prefill(compiled: Any, params: Any, tokens: jax.Array) -> dict:
     return {"step_ms": statistics.median(samples) * 1e3, **budget(run, 1)}
 
 
+def timed(model: Decoder, kind: str, compiled: Any, params: Any, size: int, loop: int) -> dict:
+    """Times a program of any kind."""
+    if kind == "decode":
+        return time_decode(model, compiled, params, size)
+    if kind == "loop":
+        return time_loop(model, compiled, params, size, loop)
+    return time_prefill(compiled, params, jnp.ones((1, size), jnp.int32))
+
+
 def budget(run, calls: int) -> dict:
     """Milliseconds a call by kernel, the largest twelve by name."""
     kernels = _clock.launched_kernels(run)
@@ -238,8 +258,23 @@ def ratios(rows: list[dict]) -> list[dict]:
     ]
 
 
-def main() -> None:
-    """Compiles every program at once, then times them one after the other."""
+def bars(rows: list[dict]) -> list[dict]:
+    """The speed-ups over bfloat16 that a decode step (by the wall clock of its steps) and a prefill are held to."""
+    plain = {(row["kind"], row["size"]): row for row in rows if row["tree"] == "bf16"}
+    found = []
+    for row in rows:
+        least = BARS.get((row["kind"], row["tree"], row["size"]))
+        if least is None or (row["kind"], row["size"]) not in plain:
+            continue
+        for clock in ("step_ms", "kernel_ms", "loop_ms"):
+            if clock in row:
+                name = f"{row['kind']} {row['tree']} {row['size']}, {clock.removesuffix('_ms')}"
+                found.append(_bars.bar(name, row[clock], plain[row["kind"], row["size"]][clock], least))
+    return found
+
+
+def parsed() -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=LLAMA3_8B.num_hidden_layers)
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 16])
@@ -249,7 +284,12 @@ def main() -> None:
     parser.add_argument("--attention", choices=["cudnn", "xla"], default="cudnn", help="of the prefill")
     parser.add_argument("--seconds", type=float, default=150, help="programs not begun by then are left out, by name")
     parser.add_argument("--json")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Compiles every program at once, then times them one after the other."""
+    options = parsed()
     begun = time.perf_counter()
     config = dataclasses.replace(LLAMA3_8B, num_hidden_layers=options.layers)
     model = Decoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, implementation=options.attention)
@@ -264,7 +304,8 @@ def main() -> None:
     def write() -> None:
         if options.json:
             with open(options.json, "w", encoding="utf-8") as file:
-                json.dump(report | {"rows": rows, "speedups": ratios(rows), "failed": failed}, file, indent=1)
+                results = {"rows": rows, "speedups": ratios(rows), "bars": bars(rows), "failed": failed}
+                json.dump(report | results, file, indent=1)
 
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         errors = {name: pool.submit(verify, LLAMA3_8B, name) for name in options.trees}
@@ -281,12 +322,7 @@ def main() -> None:
                     row["error_of_one_layer"] = errors[name].result()
                 if len(rows) == 0:  # measurements want the device and the host to themselves
                     concurrent.futures.wait(compiling.values(), options.seconds - (time.perf_counter() - begun))
-                if kind == "decode":
-                    row |= time_decode(model, compiled, trees[name], size)
-                elif kind == "loop":
-                    row |= time_loop(model, compiled, trees[name], size, options.loop)
-                else:
-                    row |= time_prefill(compiled, trees[name], jnp.ones((1, size), jnp.int32))
+                row |= timed(model, kind, compiled, trees[name], size, options.loop)
             except Exception as error:  # one program's failure must not take the others' results with it
                 failed.append(
                     {"kind": kind, "size": size, "tree": name, "error": f"{type(error).__name__}: {error}"[:500]}
@@ -299,6 +335,7 @@ def main() -> None:
         pool.shutdown(wait=False, cancel_futures=True)
     for row in ratios(rows):
         print(json.dumps(row))
+    _bars.show(bars(rows))
     write()
 
 

@@ -1,7 +1,7 @@
 """The grouped product on expert layers of real models, on one GPU: every row verified, then timed.
 
-    python -m experiments.bench_grouped [--checks] [--sweep] [--formats w4a16,w4a8] [--layers A,B] [--tokens 1,16]
-        [--activation silu_mul] [--json FILE] [--seconds S]
+    python -m experiments.bench_grouped [--checks] [--sweep] [--peers] [--formats w4a16 w4a8] [--layers A B]
+        [--tokens 1 16] [--activation silu_mul] [--json FILE] [--seconds S]
 
 Each row runs in a worker process (a kernel that hangs costs only itself). Tokens choose their experts at random.
 "us" is every kernel of the call by the profiler, the tile map included; "kernel" the product's alone. The floor is
@@ -23,13 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import _workers
-from experiments._clock import microseconds_of_each_kernel, rotations, write_results
+from experiments import _bars, _bench, _workers
+from experiments._clock import microseconds_of_each_kernel, rotations
 from pallas_kernels.grouped_matmul import Config, default_config, grouped_matmul, separate, supports
 from pallas_kernels.grouped_matmul.cases import LAYERS, SIZES, TOKENS
 from pallas_kernels.int4_matmul import dequantize
 
 GROUP = 128
+PEERS = pathlib.Path(__file__).parent / "results" / "peers_grouped_h200.json"
 READ = {"NVIDIA H200": 4.3e12, "NVIDIA H100 80GB HBM3": 3.0e12}  # bytes a second of a large copy
 # Dtypes of weights and rows, products a second at the ceiling.
 FORMATS = {
@@ -51,9 +52,9 @@ def main():
     parser.add_argument("--checks", action="store_true", help="the strained group sizes, verified only")
     parser.add_argument("--sweep", action="store_true", help="several configurations of each problem")
     parser.add_argument("--peers", action="store_true", help="bfloat16 too: XLA's ragged_dot (8 experts), tokamax's")
-    parser.add_argument("--formats", default="w4a16")
-    parser.add_argument("--layers", default=",".join(LAYERS))
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--formats", nargs="*", default=["w4a16"], choices=FORMATS)
+    parser.add_argument("--layers", nargs="*", default=list(LAYERS), choices=LAYERS)
+    parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS), help="most wanted first")
     parser.add_argument("--activation", choices=["silu_mul"], default=None)
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--seconds", type=float, default=120.0)
@@ -70,19 +71,41 @@ def main():
         kin=lambda row: (row.get("format"), json.dumps(row.get("config"))),
         on_result=lambda row: print(line(row), flush=True),
     )
-    if arguments.json:
-        write_results(arguments.json, rows=rows)
+    _bench.finish(arguments.json, bars(rows), rows=rows)
+
+
+def bars(rows: list[dict]) -> list[dict]:
+    """Few tokens against the floor of the experts hit; many against tokamax, as timed here or else as published."""
+    published = {(p["layer"], p["tokens"]): p for p in json.loads(PEERS.read_text())["rows"]}
+    here = {(r["shape"], r["m"]): r["us"] for r in rows if r.get("peer") == "tokamax" and "us" in r}
+    found = []
+    for r in sorted((r for r in rows if "kernel" in r and not r.get("config")), key=lambda r: (r["shape"], r["m"])):
+        name, qwen = f"{r['shape']} {r['m']} tokens {r['format']}", r["shape"] == "qwen3-30b-a3b"
+        if r["format"] == "w4a16" and r["m"] <= 256:
+            least = 0.5 if qwen or r["m"] == 1 else 0.7
+            found.append(_bars.bar(f"{name} of the floor", r["us"], r["floor"], least))
+        peer = published.get((r["shape"], r["m"]))
+        if r["m"] < 4096 or qwen or peer is None or r.get("activation"):
+            continue
+        bf16 = here.get((r["shape"], r["m"]), peer["tokamax_bf16"])
+        least = 1.6 if r["format"] == "w4a16" else 2.4
+        found.append(_bars.bar(f"{name} over tokamax bfloat16", r["us"], bf16, least))
+        if r["format"] == "w4a16":
+            found.append(_bars.bar(f"{name} over tokamax int4", r["us"], peer["tokamax_int4"], 1.2))
+        if r["format"] == "w4a16" and r["shape"] == "mixtral-8x7b":
+            found.append(_bars.bar(f"{name} of 600 TFLOP/s", r["us"], r["us"] * r["tflops"] / 600, 1.0))
+    return found
 
 
 def items(arguments) -> list[dict]:
     """The rows to run, most wanted first."""
-    tokens = [int(t) for t in arguments.tokens.split(",") if t]
     found = [{"shape": name, "m": 0, "sizes": name} for name in SIZES] if arguments.checks else []
-    layers, formats = arguments.layers.split(","), arguments.formats.split(",")
-    for layer, m, form in itertools.product(filter(None, layers), tokens, filter(None, formats)):
+    for m, layer, form in itertools.product(arguments.tokens, arguments.layers, arguments.formats):
         item = {"shape": layer, "m": m, "format": form, "activation": arguments.activation}
         cuts = candidates(layer, m, form) if arguments.sweep else [None]
         found += [item | {"config": cut} for cut in cuts]
+        if form != arguments.formats[0]:
+            continue
         if arguments.peers and LAYERS[layer][0] == 8 and m <= 256:  # it multiplies every row by every expert
             found.append(item | {"peer": "XLA"})
         if arguments.peers and importlib.util.find_spec("tokamax"):
@@ -97,23 +120,36 @@ def candidates(layer: str, m: int, form: str) -> list[dict | None]:
     groups = k // GROUP if weight_dtype == jnp.int32 else 1
     usual = default_config(m * top, experts, k, n, groups, x_dtype, weight_dtype)
     takes = functools.partial(supports, k, groups, x_dtype, weight_dtype)
-    ladder = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256)
-    place = ladder.index(usual.block_m)
     cuts = [usual]
-    for block_m in ladder[max(0, place - 1) : place + 2] if usual.block_m < 128 else ladder[6:]:
-        for count, block_k, after, row_tiles in itertools.product(
-            (2, 3, 4), (128, 256, 512), (False, True), (1,) if weight_dtype == jnp.int32 else (1, 2)
-        ):
-            if (after and block_m > 64 and x_dtype == jnp.bfloat16) or (count > 2 and block_m * (1 + after) > 96):
-                continue
-            cut = dataclasses.replace(
-                usual, block_m=block_m, num_warpgroups=count, block_k=block_k, scale_after=after, row_tiles=row_tiles
-            )
-            fitting = [
-                c for s in range(8, 1, -1) if takes(config=(c := dataclasses.replace(cut, num_stages=s))) is None
-            ]
-            cuts += fitting[:1]
+    for change in (*_split_cuts(usual), *_cuts(usual, weight_dtype, x_dtype)):
+        cut = dataclasses.replace(usual, **change)
+        fitting = (dataclasses.replace(cut, num_stages=stages) for stages in range(8, 1, -1))
+        cuts += [config for config in fitting if takes(config=config) is None][:1]
     return [dataclasses.asdict(cut) for cut in dict.fromkeys(cuts)]
+
+
+def _split_cuts(usual: Config):
+    """Inputs over a cluster, where so few rows leave SMs idle: wide tiles of few inputs each."""
+    if usual.block_m > 32:
+        return
+    for split, count, block_k in itertools.product((2, 4), (1, 2, 4), (128, 256)):
+        yield {"split_k": split, "num_warpgroups": count, "block_k": block_k, "scale_after": True}
+
+
+def _cuts(usual: Config, weight_dtype, x_dtype):
+    """Tiles of about as many rows, of one warpgroup to four, scaled before or after."""
+    ladder = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256)
+    place = ladder.index(usual.block_m)
+    near = ladder[max(0, place - 2) : place + 3] if usual.block_m < 128 else ladder[7:]
+    row_tiles = (1,) if weight_dtype == jnp.int32 else (1, 2)
+    counts = (1, 2, 4) if usual.block_m <= 32 else (2, 3, 4)
+    for block_m, count, block_k, after, tiles in itertools.product(
+        near, counts, (128, 256, 512), (False, True), row_tiles
+    ):
+        if (after and block_m > 64 and x_dtype == jnp.bfloat16) or (count > 2 and block_m * (1 + after) > 96):
+            continue
+        names = ("block_m", "num_warpgroups", "block_k", "scale_after", "row_tiles")
+        yield dict(zip(names, (block_m, count, block_k, after, tiles), strict=True))
 
 
 def measure(item: dict) -> dict:

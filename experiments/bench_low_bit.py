@@ -6,9 +6,10 @@
 TB/s (an H200's copy), or the products at 790 TFLOP/s.
 """
 
-import argparse
 import functools
+import itertools
 
+from experiments import _bars, _bench, _workers
 from pallas_kernels.int4_matmul.cases import SHAPES
 
 GROUPS = {"int8": None, "float8_e4m3fn": None, "int2": 128, "nf4": 64}
@@ -18,7 +19,7 @@ def measure(item: dict) -> dict:
     """One product by the default configuration, in a worker."""
     import jax
 
-    from experiments import _clock, _int4, _workers
+    from experiments import _clock, _int4
     from pallas_kernels.low_bit_matmul import FORMATS, low_bit_matmul
 
     (k, n), m, qtype = SHAPES[item["shape"]], item["m"], item["qtype"]
@@ -41,47 +42,31 @@ def measure(item: dict) -> dict:
     return checked | {"kernel_us": microseconds, "floor_us": max(moved / 4.3e6, 2 * m * k * n / 790e6)}
 
 
-def show(result: dict):
-    """One line a result."""
-    failed = "error" in result or result.get("ok") is False
-    where = " ".join(str(result[name]) for name in ("qtype", "dtype", "shape", "m"))
-    times = " ".join(f"{name} {result[name]:.2f}" for name in ("kernel_us", "floor_us") if name in result)
-    rest = {name: result[name] for name in ("relative_error", "error") if name in result}
-    print("FAILED" if failed else "ok", where, times, rest, flush=True)
+def bars(results: list[dict]) -> list[dict]:
+    """Few tokens against the floor: what int4 is to reach on the large layers (85 %)."""
+    timed = [r for r in results if r.get("ok") and r["m"] <= 16 and r["qtype"] != "nf4"]
+    return [_bars.bar(f"{r['qtype']} {r['shape']} M={r['m']}", r["kernel_us"], r["floor_us"], 0.85) for r in timed]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _bench.parser(__doc__, shapes=["llama3-70b/o", "llama3-8b/gate_up"], tokens=[1, 16, 64, 1024], seconds=100)
     parser.add_argument("--formats", nargs="*", default=list(GROUPS), choices=GROUPS)
-    parser.add_argument("--shapes", nargs="*", default=["llama3-70b/o", "llama3-8b/gate_up"], choices=SHAPES)
-    parser.add_argument("--m", nargs="*", type=int, default=[1, 16, 64, 1024])
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16"], choices=["bfloat16", "float16"])
-    parser.add_argument("--seconds", type=float, default=100)
-    parser.add_argument("--workers", type=int, default=10)
-    parser.add_argument("--json")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    from experiments import _workers
-
     if options.worker:
         return _workers.serve(measure)
-    import secrets
-
-    items = [
-        {"what": "time", "qtype": qtype, "shape": shape, "m": m, "dtype": dtype, "seed": secrets.randbelow(2**31)}
-        for m in options.m
-        for shape in options.shapes
-        for dtype in options.dtypes
-        for qtype in options.formats
-    ]
-    results = _workers.run(
-        "experiments.bench_low_bit", items, workers=options.workers, seconds=options.seconds, stall=20, on_result=show
+    wanted = itertools.product(options.m, options.shapes, options.dtypes, options.formats)
+    items = [{"what": "time", "qtype": q, "shape": s, "m": m, "dtype": d} for m, s, d, q in wanted]
+    where = ("qtype", "dtype", "shape", "m")
+    results = _bench.answers(
+        "experiments.bench_low_bit",
+        items,
+        workers=options.workers,
+        seconds=options.seconds,
+        stall=20,
+        on_result=functools.partial(_bench.show, where=where, hidden=("what",)),
     )
-    print(f"{len(results)} of {len(items)} items, {sum(not r.get('ok') for r in results)} failed")
-    if options.json:
-        from experiments._clock import write_results
-
-        write_results(options.json, results=results)
+    _bench.finish(options.json, bars(results), results=results)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ included; `graph`, by CUDA graph replay, the clock of the published tables. `flo
 card's copy rate, or the products at its bfloat16 rate, whichever is longer. Weights are rotated past the L2 cache.
 """
 
-import argparse
 import functools
-import json
+import itertools
 
+from experiments import _bench, _workers, compare_int4
 from pallas_kernels.int4_matmul.cases import SHAPES, TOKENS
 
 GROUP = 128
@@ -68,7 +68,7 @@ def measure(item: dict) -> dict:
     if item["what"] == "verify":
         return _verify(item)
     if item["what"] == "peaks":
-        from experiments import _clock, _workers
+        from experiments import _clock
 
         with _workers.device_turn():
             return _clock.measured_peaks()
@@ -78,7 +78,7 @@ def measure(item: dict) -> dict:
 def _verify(item: dict) -> dict:
     import jax
 
-    from experiments import _int4, _workers
+    from experiments import _int4
     from pallas_kernels.int4_matmul import Config, int4_matmul
 
     options = {name: item[name] for name in _PROBLEM if name in item}
@@ -97,7 +97,7 @@ def _time_jax(item: dict) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from experiments import _clock, _int4, _workers
+    from experiments import _clock, _int4
     from pallas_kernels.int4_matmul import int4_matmul
 
     (k, n), m = SHAPES[item["shape"]], item["m"]
@@ -146,7 +146,7 @@ def _time_torch(item: dict) -> dict:
     """torch.mm, tinygemm and our kernel exported to PyTorch, all by graph replay."""
     import torch
 
-    from experiments import _clock, _workers
+    from experiments import _clock
 
     (k, n), m = SHAPES[item["shape"]], item["m"]
     torch.manual_seed(item["seed"])
@@ -216,52 +216,29 @@ def report(results: list[dict], shapes: list[str], tokens: list[int]) -> list[di
     return rows
 
 
+def show(result: dict) -> None:
+    """One line a result, as it comes."""
+    _bench.show(result, where=("what", "shape", "m", "k", "n", "group", "dtype"), hidden=("config",))
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _bench.parser(__doc__, shapes=list(SHAPES), tokens=TOKENS, seconds=300)
     parser.add_argument("--op", choices=["int4"], default="int4")
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
-    parser.add_argument("--m", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument("--implementations", nargs="*", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
     parser.add_argument("--verify-only", action="store_true")
-    parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--json")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    from experiments import _workers
-
     if options.worker:
         return _workers.serve(measure)
-    import secrets
-
-    if options.verify_only:
-        items = [{"what": "verify"} | case for case in VERIFY]
-    else:
-        items = [{"what": "peaks"}]
-        items += [
-            {"what": i, "shape": s, "m": m} for i in options.implementations for m in options.m for s in options.shapes
-        ]
-    items = [item | {"seed": secrets.randbelow(2**31)} for item in items]
-    results = _workers.run(
-        "experiments.bench_matmul", items, workers=options.workers, seconds=options.seconds, stall=15
-    )
-    checks = [r for r in results if r["what"] == "verify"]
-    if options.verify_only:
-        print(f"verified {sum(r.get('ok', False) for r in checks)} of {len(VERIFY)} cases")
-    for r in checks:
-        if not r.get("ok"):
-            print("WRONG", json.dumps(r))
+    items = [{"what": "verify"} | case for case in VERIFY]
+    if not options.verify_only:
+        wanted = itertools.product(options.m, options.shapes, options.implementations)
+        items = [{"what": "peaks"}, *({"what": what, "shape": s, "m": m} for m, s, what in wanted)]
+    limits = {"workers": options.workers, "seconds": options.seconds, "stall": 15, "on_result": show}
+    results = _bench.answers("experiments.bench_matmul", items, **limits)
     rows = report(results, options.shapes, options.m)
-    for row in rows:
-        print(
-            " ".join(
-                f"{name}={value:.1f}" if isinstance(value, float) else f"{name}={value}" for name, value in row.items()
-            )
-        )
-    if options.json:
-        from experiments._clock import write_results
-
-        write_results(options.json, rows=rows, all=results)
+    peers = compare_int4.peers_of_run(rows, compare_int4.published_peers()["rows"])
+    bars = compare_int4.bars(compare_int4.compare(compare_int4.times_of(rows), peers))
+    _bench.finish(options.json, bars, rows=rows, all=results)
 
 
 if __name__ == "__main__":

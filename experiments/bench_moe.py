@@ -1,6 +1,6 @@
 """A whole mixture-of-experts layer, routing to weighted sum, beside its products: verified, then timed, on a GPU.
 
-    python -m experiments.bench_moe [--layers A,B] [--tokens 64,1024] [--json FILE]
+    python -m experiments.bench_moe [--layers A B] [--tokens 64 1024] [--json FILE]
 
 W4A16 experts in groups of 128, gate and up merged, tokens routed by random logits. "layer" is every kernel of
 `jq.moe` by the profiler, "products" its grouped products alone, "wall" the time of a call among many enqueued.
@@ -8,6 +8,7 @@ W4A16 experts in groups of 128, gate and up merged, tokens routed by random logi
 
 import argparse
 import functools
+import itertools
 import pathlib
 import statistics
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
+from experiments import _bars
 from experiments._clock import microseconds_of_each_kernel, rotations, wall_microseconds, write_results
 from jaxquant.arrays._packed import INT4_LAYOUT
 from pallas_kernels.grouped_matmul import separate
@@ -30,17 +32,28 @@ TOLERANCE = 8 * 2.0**-8
 def main() -> None:
     """Runs the bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default=",".join(LAYERS))
-    parser.add_argument("--tokens", default="1,16,64,256,1024,4096")
+    parser.add_argument("--layers", nargs="*", default=list(LAYERS), choices=LAYERS)
+    parser.add_argument("--tokens", nargs="*", type=int, default=[64, 256, 1024, 4096, 16, 1], help="most wanted first")
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
     rows = []
-    for layer in arguments.layers.split(","):
-        for tokens in map(int, arguments.tokens.split(",")):
-            rows.append(measure(layer, tokens))
-            print(line(rows[-1]), flush=True)
-            if arguments.json:
-                write_results(arguments.json, rows=rows)
+    for tokens, layer in itertools.product(arguments.tokens, arguments.layers):
+        rows.append(measure(layer, tokens))
+        print(line(rows[-1]), flush=True)
+        if arguments.json:
+            write_results(arguments.json, rows=rows, bars=bars(rows))
+    _bars.show(bars(rows))
+
+
+def bars(rows: list[dict]) -> list[dict]:
+    """The whole layer within 1.25 of its products from 64 tokens up."""
+    timed = [row for row in rows if "layer_us" in row and row["tokens"] >= 64]
+    return [
+        _bars.bar(
+            f"{r['layer']} {r['tokens']} tokens, layer beside products", r["layer_us"], r["products_us"], 1 / 1.25
+        )
+        for r in timed
+    ]
 
 
 def random_experts(key: jax.Array, experts: int, k: int, n: int) -> jq.QArray:

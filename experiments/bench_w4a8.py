@@ -7,10 +7,11 @@ activation before it; `w4a16_us`, the 16-bit product of the same weight. `mm_us`
 replay. Weights are rotated past the L2 cache.
 """
 
-import argparse
 import dataclasses
 import functools
+import itertools
 
+from experiments import _bars, _bench, _workers
 from pallas_kernels.int4_matmul.cases import SHAPES
 
 STEPS = ("verify", "time", "torch", "sweep")
@@ -72,7 +73,7 @@ def _product(item: dict, **options):
 def _verify(item: dict) -> dict:
     import jax
 
-    from experiments import _int4, _workers
+    from experiments import _int4
 
     data = _int4.problem(item["seed"], **{name: item[name] for name in _PROBLEM if name in item})
     out_dtype = item.get("out_dtype", "bfloat16")
@@ -95,7 +96,7 @@ def _sweep(item: dict) -> dict:
     """The product of codes by one configuration, verified and timed."""
     import jax
 
-    from experiments import _clock, _int4, _workers
+    from experiments import _clock, _int4
 
     data = _problem(item["shape"], item["m"], item["form"])
     product, weights = jax.jit(_product(item)), data["weights"]
@@ -116,10 +117,12 @@ def _time(item: dict) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from experiments import _clock, _workers
+    from experiments import _clock
     from pallas_kernels.activation_quant import activation_quant
 
     result = _sweep(item)
+    if not result["ok"]:
+        return result
     data, product = _problem(item["shape"], item["m"], item["form"]), jax.jit(_product(item))
     weights, dtype = data["weights"], FORMS[item["form"]][0]
     keys = jax.random.split(jax.random.key(item["seed"]), len(weights))
@@ -145,7 +148,7 @@ def _time_torch(item: dict) -> dict:
     """torch.mm in bfloat16."""
     import torch
 
-    from experiments import _clock, _workers
+    from experiments import _clock
 
     (k, n), m = SHAPES[item["shape"]], item["m"]
     weights = [torch.randn(k, n, device="cuda", dtype=torch.bfloat16) for _ in range(_clock.rotations(k * n * 2))]
@@ -154,15 +157,7 @@ def _time_torch(item: dict) -> dict:
         return {"mm_us": _clock.graph_microseconds([functools.partial(torch.mm, x, w) for w in weights], replays=10)}
 
 
-def show(result: dict):
-    """One line a result."""
-    failed = "error" in result or result.get("ok") is False
-    shown = {name: round(v, 2 if v > 1 else 6) if isinstance(v, float) else v for name, v in result.items()}
-    hidden = ("seed", "ok", "deterministic")
-    print("FAILED" if failed else "", " ".join(f"{k}={v}" for k, v in shown.items() if k not in hidden), flush=True)
-
-
-def summary(results: list[dict]):
+def summary(results: list[dict]) -> None:
     """Speed-up over torch.mm with the quantization counted, and time beside the 16-bit product's."""
     mm = {(r["shape"], r["m"]): r["mm_us"] for r in results if "mm_us" in r}
     for r in sorted((r for r in results if "total_us" in r), key=lambda r: (r["form"], r["m"])):
@@ -173,23 +168,43 @@ def summary(results: list[dict]):
         print(f"{r['form']:13} {r['shape']:20} m={r['m']:<5} {times} {against} {w4a16}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", default=["llama3-8b/o", "llama3-70b/o", "llama3-8b/gate_up"])
-    parser.add_argument("--m", nargs="*", type=int, default=[1, 16, 32, 128, 256, 1024, 4096])
-    parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=FORMS)
-    parser.add_argument("--only", nargs="*", default=["verify", "time", "torch"], choices=STEPS)
-    parser.add_argument("--seconds", type=float, default=150)
-    parser.add_argument("--workers", type=int, default=10)
-    parser.add_argument("--json")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    from experiments import _workers
+def bars(results: list[dict]) -> list[dict]:
+    """The quantization counted against torch.mm from 256 tokens, and beside W4A16 below."""
+    mm = {(r["shape"], r["m"]): r["mm_us"] for r in results if "mm_us" in r}
+    timed = sorted((r for r in results if "total_us" in r), key=lambda r: (r["form"], r["m"]))
+    found = []
+    for form, least in (("int8-channel", 1.5), ("int8-g128", 1.3)):
+        rows = [r for r in timed if r["form"] == form]
+        against = {
+            m: [
+                _bars.bar(f"{form} {r['shape']} M={m} over torch.mm", r["total_us"], mm[r["shape"], m], bar)
+                for r in rows
+                if r["m"] == m and (r["shape"], m) in mm
+            ]
+            for m, bar in ((256, 1.2), (1024, least), (4096, least))
+        }
+        found += [*itertools.chain(*against.values()), *_bars.mean_bar(f"{form} M=256", against[256], 1.2)]
+        found += _bars.mean_bar(f"{form} M>=1024", against[1024] + against[4096], least)
+        for r in (r for r in rows if "w4a16_us" in r and r["m"] <= 128):
+            few = r["m"] <= 32  # there without the quantization
+            name = f"{form} {r['shape']} M={r['m']} over W4A16{'' if few else ', quantization counted'}"
+            ours = r["kernel_us"] if few else r["total_us"]
+            found.append(_bars.bar(name, ours, r["w4a16_us"], 1 / 1.05 if few else 1.0))
+    return found
 
+
+def main():
+    parser = _bench.parser(
+        __doc__,
+        shapes=["llama3-8b/o", "llama3-70b/o", "llama3-8b/gate_up"],
+        tokens=[4096, 1024, 256, 128, 16, 32, 1],
+        seconds=150,
+    )
+    parser.add_argument("--forms", nargs="*", default=["int8-g128", "int8-channel", "fp8-g128"], choices=FORMS)
+    parser.add_argument("--only", nargs="*", default=["verify", "torch", "time"], choices=STEPS)
+    options = parser.parse_args()
     if options.worker:
         return _workers.serve(measure)
-    import secrets
-
     problems = [{"shape": s, "m": m} for m in options.m for s in options.shapes]
     items = {
         "verify": verify_items(),
@@ -197,17 +212,16 @@ def main():
         "torch": [{"what": "torch"} | p for p in problems],
         "sweep": sweep_items(options.shapes, options.m, options.forms) if "sweep" in options.only else [],
     }
-    asked = [item | {"seed": secrets.randbelow(2**31)} for step in options.only for item in items[step]]
-    results = _workers.run(
-        "experiments.bench_w4a8", asked, workers=options.workers, seconds=options.seconds, stall=20, on_result=show
+    results = _bench.answers(
+        "experiments.bench_w4a8",
+        [item for step in options.only for item in items[step]],
+        workers=options.workers,
+        seconds=options.seconds,
+        stall=20,
+        on_result=functools.partial(_bench.show, where=("what", "form", "shape", "m", "k", "n", "dtype", "group")),
     )
-    checked = [r for r in results if "ok" in r or "error" in r]
-    print(f"{len(results)} of {len(asked)} items; {sum(not r.get('ok') for r in checked)} of {len(checked)} failed")
     summary(results)
-    if options.json:
-        from experiments._clock import write_results
-
-        write_results(options.json, results=results)
+    _bench.finish(options.json, bars(results), results=results)
 
 
 if __name__ == "__main__":

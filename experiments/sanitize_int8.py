@@ -17,11 +17,13 @@ PRODUCTS = (
     ({"m": 300, "dtype": "float8_e4m3fn", "form": "token"}, {"block_m": 256, "multicast": 2}),
     ({"m": 200, "dtype": "float8_e4m3fn", "form": "block"}, {"block_m": 128}),
 )
+SIBLINGS = (13, 640, (384, 128), "int8", "token")
 QUANTIZATIONS = ((3, 512, "int8", None, False), (70, 640, "float8_e4m3fn", 128, False), (9, 512, "int8", None, True))
 
 
 def main() -> None:
     """Runs every case once or twice and prints what the checks say."""
+    print("siblings", SIBLINGS, _int8.prepare_siblings(0, *SIBLINGS)(), flush=True)
     for number, (problem, cut) in enumerate(PRODUCTS):
         data = _int8.problem(number, k=640, n=384, **problem)
         config = Config(**{"block_n": 128, "num_stages": 2} | cut)

@@ -1,16 +1,16 @@
 """Which configuration of a kernel is fastest: every candidate verified, then timed.
 
 python -m experiments.tune --op int4 --seconds 300 --json tune.json [--shapes ...] [--m ...]
-python -m experiments.tune --merge tune.json [--commit HASH]    # what is faster goes into the kernel's tuned.json
+python -m experiments.tune --merge tune.json    # what is faster goes into the kernel's tuned.json
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
 import json
 import pathlib
 
+from experiments import _bench, _workers
 from pallas_kernels.int4_matmul import cases
 from pallas_kernels.int4_matmul.cases import SHAPES
 from pallas_kernels.int4_matmul.choice import candidates, predicted_microseconds
@@ -48,7 +48,7 @@ def measure(item: dict) -> dict:
     """Verify a candidate and time it."""
     import jax
 
-    from experiments import _clock, _int4, _workers
+    from experiments import _clock, _int4
     from pallas_kernels.int4_matmul import int4_matmul
 
     config = Config(**item["config"])
@@ -87,7 +87,7 @@ def best(results: list[dict]) -> list[dict]:
     return [fastest[key] for key in sorted(fastest)]
 
 
-def merge(run: dict, table: dict, commit: str) -> int:
+def merge(run: dict, table: dict) -> int:
     """Puts what a run found faster than the table, or the table has not, into it; returns how many entries changed."""
     device = table.setdefault(run["conditions"]["device"], {"command": "python -m experiments.tune --op int4"})
     entries = {(e["k"] * e["n"], e["k"], e["m"]): e for e in device.get("entries", ())}
@@ -96,7 +96,8 @@ def merge(run: dict, table: dict, commit: str) -> int:
         k, n = SHAPES[found["shape"]]
         key, time = (k * n, k, found["m"]), round(found["kernel_us"], 2)
         if key not in entries or time < entries[key]["microseconds"]:
-            when = {"date": run["conditions"]["date"][:10], "commit": commit, "jax": run["conditions"]["jax"]}
+            when = {name: run["conditions"][name] for name in ("date", "commit", "jax")}
+            when["date"] = when["date"][:10]
             entries[key] = {"m": found["m"], "k": k, "n": n, "microseconds": time, "config": found["config"]} | when
             changed += 1
     device |= {"group_size": GROUP, "entries": [entries[key] for key in sorted(entries)]}
@@ -114,41 +115,26 @@ def write_table(table: dict) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = _bench.parser(__doc__, shapes=list(SHAPES), tokens=[1, 16, 64, 256, 1024, 4096], seconds=300)
     parser.add_argument("--op", choices=["int4"], default="int4")
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
-    parser.add_argument("--m", nargs="*", type=int, default=[1, 16, 64, 256, 1024, 4096])
     parser.add_argument("--blocks-per-sm", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--scale-after", nargs="*", type=int, default=[0, 1])
-    parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--json")
     parser.add_argument("--merge", help="a file that an earlier run wrote")
-    parser.add_argument("--commit", default="unknown", help="of the code that wrote it")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    from experiments import _workers
-
     if options.worker:
         return _workers.serve(measure)
     if options.merge:
         table = json.loads(TABLE.read_text())
-        print(merge(json.loads(pathlib.Path(options.merge).read_text()), table, options.commit), "entries changed")
+        print(merge(json.loads(pathlib.Path(options.merge).read_text()), table), "entries changed")
         return TABLE.write_text(write_table(table))
     items = work(options.shapes, options.m, options.blocks_per_sm, options.scale_after)
-    results = _workers.run(
-        "experiments.tune", items, workers=options.workers, seconds=options.seconds, stall=15, kin=_kin
-    )
-    failed = [r for r in results if not r.get("ok")]
-    print(f"{len(items)} candidates, {len(results)} measured, {len(failed)} failed")
-    for r in failed[:20]:
+    limits = {"workers": options.workers, "seconds": options.seconds, "stall": 15, "kin": _kin}
+    results = _bench.answers("experiments.tune", items, **limits)
+    for r in [r for r in results if not r.get("ok")][:20]:
         print("failed", json.dumps(r))
     for r in best(results):
         print(f"{r['shape']:20} m={r['m']:<5} {r['kernel_us']:8.1f} us  {r['config']}")
-    if options.json:
-        from experiments._clock import write_results
-
-        write_results(options.json, best=best(results), all=results)
+    _bench.finish(options.json, [], best=best(results), all=results)
 
 
 if __name__ == "__main__":

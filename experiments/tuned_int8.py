@@ -1,4 +1,4 @@
-"""From runs of bench_int8 to what is kept of them.
+"""Merge runs of bench_int8 into what is kept of them: what a run did not measure stays as it is.
 
 `pallas_kernels/int8_matmul/tuned.json`: the fastest verified configuration of a problem, and the problems whose
 XLA program was faster than the kernel.
@@ -71,29 +71,69 @@ def kept(results: list[dict]) -> dict[tuple, dict]:
     return rows
 
 
+def merged(run: dict, table: dict) -> dict:
+    """A device's table with what a run found faster, or the table has not; and what XLA is faster on.
+
+    Args:
+      run: what `bench_int8 --json` wrote.
+      table: `entries` and `xla_faster`.
+    """
+    results, entries = run["results"], {tuple(row.values())[:5]: row for row in table["entries"]}
+    for row in fastest(results):
+        key = tuple(row.values())[:5]
+        if key not in entries or row["microseconds"] < entries[key]["microseconds"]:
+            entries[key] = row
+    names = ("dtype", "blocked", "m", "k", "n")
+    timed = {tuple(row[name] for name in names) for row in results_of_xla(results)}
+    lost = [row for row in table["xla_faster"] if tuple(row[name] for name in names) not in timed]
+    lost += faster_by_xla(results, list(entries.values()))
+    return {
+        "command": "python -m experiments.bench_int8 --only time sweep xla",
+        **{name: run["conditions"][name] for name in ("date", "commit", "jax")},
+        "entries": [entries[key] for key in sorted(entries)],
+        "xla_faster": sorted(lost, key=lambda row: tuple(row[name] for name in names)),
+    }
+
+
+def results_of_xla(results: list[dict]) -> list[dict]:
+    """The problems of which XLA's program was verified and timed."""
+    return [
+        {"dtype": r["dtype"], "blocked": r["form"] == "block", "m": bucket(r["m"])}
+        | dict(zip(("k", "n"), SHAPES[r["shape"]], strict=True))
+        for r in results
+        if r["what"] == "xla" and r.get("ok")
+    ]
+
+
+def written(device: str, table: dict) -> str:
+    """A device's table as JSON, a row a line."""
+    head = {name: value for name, value in table.items() if name not in ("entries", "xla_faster")}
+    opening = json.dumps(head, indent=4).removesuffix("\n}")
+    lists = [
+        f'    "{name}": [\n' + ",\n".join("      " + json.dumps(row) for row in table[name]) + "\n    ]"
+        for name in ("entries", "xla_faster")
+    ]
+    return f'{{\n  "{device}": {opening},\n' + ",\n".join(lists) + "\n  }\n}\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=pathlib.Path, help="oldest first: a later run's choice counts")
-    rows: dict[tuple, dict] = {}
-    measured: dict[tuple, dict] = {}
-    results: list[dict] = []
+    parser.add_argument("runs", nargs="+", type=pathlib.Path, help="oldest first")
+    tables = json.loads(TABLE.read_text())
+    published = json.loads(RESULTS.read_text())
+    measured = kept(published["rows"])
     for path in parser.parse_args().runs:
         run = json.loads(path.read_text())
-        rows |= {tuple(row.values())[:5]: row for row in fastest(run["results"])}
-        results += run["results"]
+        device = run["conditions"]["device"]
+        if device not in tables:
+            parser.error(f"{path}: measured on {device}; the table is of {', '.join(tables)}")
+        tables[device] = merged(run, tables[device])
         measured |= {key: r | {"commit": run["conditions"]["commit"]} for key, r in kept(run["results"]).items()}
     body = ",\n".join(" " + json.dumps(measured[key]) for key in sorted(measured))
     RESULTS.write_text(f'{{"conditions": {json.dumps(run["conditions"])}, "rows": [\n{body}\n]}}\n')
-    conditions = {name: run["conditions"][name] for name in ("date", "commit", "jax")}
-    conditions["date"] = conditions["date"][:10]
-    head = json.dumps({"command": "python -m experiments.bench_int8 --only time sweep"} | conditions, indent=4)
-    lines = ",\n".join("      " + json.dumps(rows[key]) for key in sorted(rows))
-    opening = head.removesuffix("\n}")
-    xla = faster_by_xla(results, list(rows.values()))
-    lost = ",\n".join("      " + json.dumps(row) for row in xla)
-    tables = f'"entries": [\n{lines}\n    ],\n    "xla_faster": [\n{lost}\n    ]'
-    TABLE.write_text(f'{{\n  "{run["conditions"]["device"]}": {opening},\n    {tables}\n  }}\n}}\n')
-    print(f"{len(rows)} problems tuned, {len(xla)} of them faster by XLA, {len(measured)} measurements kept")
+    TABLE.write_text(written(device, tables[device]))
+    table = tables[device]
+    print(f"{len(table['entries'])} problems tuned, XLA faster on {len(table['xla_faster'])}, {len(measured)} kept")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What verifies the 8-bit kernels on a GPU, against NumPy; and the table of their configurations."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -59,3 +60,18 @@ def test_xla_is_listed_where_it_is_faster_than_the_kernel():
     key = {"dtype": "int8", "blocked": False, "m": 128, "k": 4096, "n": 4096}
     assert tuned_int8.faster_by_xla(results, []) == [key | {"xla": 8.0, "kernel": 9.0}]
     assert tuned_int8.faster_by_xla(results, [key | {"microseconds": 7.0}]) == []
+
+
+def test_a_run_is_merged_into_the_table():
+    """What it did not measure stays; what XLA was timed on again is decided anew; the file reads back."""
+    old = {"dtype": "int8", "blocked": False, "m": 64, "k": 4096, "n": 4096}
+    config = dataclasses.asdict(Config(block_m=128, block_n=128, num_stages=3))
+    entries = [old | {"microseconds": 7.0, "config": config}]
+    lost = [old | {"xla": 6.0, "kernel": 7.0}, old | {"n": 6144, "xla": 6.0, "kernel": 7.0}]
+    timed = {"shape": "llama3-8b/o", "dtype": "int8", "form": "token", "ok": True, "m": 64}
+    results = [timed | {"what": "time", "kernel_us": 5.0}, timed | {"what": "xla", "xla_us": 6.0}]
+    run = {"conditions": {"date": "2026-01-02", "commit": "abc", "jax": "1"}, "results": results}
+    table = tuned_int8.merged(run, {"entries": entries, "xla_faster": lost})
+    assert table["entries"] == entries
+    assert table["xla_faster"] == lost[1:]
+    assert json.loads(tuned_int8.written("card", table)) == {"card": table}
