@@ -240,9 +240,8 @@ def _attend(plan: _Plan, refs: _Operands, out_ref, smem: _Shared, block: _Block,
     ours = block.batch, pl.ds(first_query, ROWS), block.head
     plgpu.copy_gmem_to_smem(refs.q.at[ours], rows, smem.q_ready.at[group])
     plgpu.barrier_wait(smem.q_ready.at[group])
-    if plan.float_scores:
-        codes, q_scale = rows, None
-    else:
+    codes, q_scale = rows, None
+    if plan.mode.scores is not None:
         codes = smem.codes.at[group]
         q_scale = _quantize_rows(rows, codes, plan.mode.scores) * (plan.scale * LOG2_E)
     if config.ping_pong:
@@ -334,7 +333,7 @@ def _softmax(plan: _Plan, x, q_scale, k_scale, maximum):
 
     Dequantization, softmax scale, offset, maximum and the fixed scale of 8-bit weights are one FMA per score.
     """
-    log_scale = 0.0 if plan.float_values else math.log2(LARGEST_CODE[plan.mode.values])
+    log_scale = 0.0 if plan.mode.values is None else math.log2(LARGEST_CODE[plan.mode.values])
     largest = largest_of_columns(x, as_integers=plan.config.maxima_of_three)
     if plan.float_scores:
         step_size = plan.scale * LOG2_E
@@ -354,22 +353,22 @@ def _softmax(plan: _Plan, x, q_scale, k_scale, maximum):
 
 def _add_values(plan: _Plan, smem: _Shared, slot, p, decay, acc, total):
     """The decayed sum plus P V of one tile; `total` passes through, to be computed before the product."""
-    if plan.float_values:
+    dtype = plan.mode.values
+    if dtype is None:
         weights, acc = p.astype(smem.v.dtype), acc * along_rows(decay, acc)
         weights, acc, total = lax.optimization_barrier((weights, acc, total))
     else:
-        weights = round_to_operand(p, plan.mode.values)
+        weights = round_to_operand(p, dtype)
     if plan.config.ping_pong:
         plgpu.barrier_arrive(smem.turn)
     plgpu.barrier_wait(smem.v_ready.at[slot])
     if plan.config.ping_pong:
         plgpu.barrier_wait(smem.turn)
-    if plan.float_values:
+    if dtype is None:
         acc = added_product(lambda ref: plgpu.wgmma(ref, weights, smem.v.at[slot]), acc)
     else:
-        multiply = lambda ref: plgpu.wgmma(ref, weights, smem.v.at[slot].T)  # noqa: E731
-        part = fresh_product(multiply, acc.shape, plan.mode.values)
-        acc = acc * along_rows(decay, acc) + (part - MAGIC if plan.mode.values == INT8 else part)
+        part = fresh_product(lambda ref: plgpu.wgmma(ref, weights, smem.v.at[slot].T), acc.shape, dtype)
+        acc = acc * along_rows(decay, acc) + (part - MAGIC if dtype == INT8 else part)
     plgpu.barrier_arrive(smem.v_free.at[slot])
     return acc, total
 
@@ -380,8 +379,8 @@ def _pass_turn(turn):
     plgpu.barrier_wait(turn)
 
 
-def fresh_product(multiply, shape: tuple[int, int], dtype: jnp.dtype):
-    """A product in a fresh accumulator, as float32; an int8 one is MAGIC too large.
+def fresh_product(multiply, shape: tuple[int, int], dtype: jnp.dtype | None):
+    """A product in a fresh accumulator, as float32; one of int8 operands is MAGIC too large.
 
     It starts from a constant, written before its operands are there: ptxas drops zeros that are a constant, while those
     of a scoped accumulator cost 64 moves right before each product, and 64 additions right after an int8 one.
