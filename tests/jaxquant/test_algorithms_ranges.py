@@ -65,29 +65,32 @@ def test_percentile(rng):
     scale, _ = choose(gather(x), spec_of("percentile", percentile=99.0))
     _, _, top = centres_and_counts(x)
     threshold = np.quantile(np.abs(x), 0.99, method="inverted_cdf")
-    assert 0 <= scale * 127 - threshold <= top / (BINS // 2)  # the end of the bin that holds the quantile
+    rounding = 2 * EPS * threshold
+    # the end of the bin that holds the quantile
+    assert -rounding <= float(scale) * 127 - threshold <= top / (BINS // 2) + rounding
 
 
 def test_kl_equals_tensorrts_search(rng):
     x = heavy_tailed(rng)
     _, counts, top = centres_and_counts(x)
     folded = counts[BINS // 2 :] + counts[: BINS // 2][::-1]
-    losses = {}
+    losses, magnitudes = {}, {}
     for i in range(128, BINS // 2 + 1):
         p = folded[:i].astype(float)
         p[-1] += folded[i:].sum()
-        q = np.zeros(i)
         level = np.arange(i) * 128 // i
-        for k in range(128):
-            own = (level == k) & (folded[:i] > 0)
-            if own.any():
-                q[own] = folded[:i][level == k].sum() / own.sum()
+        counted, used = np.bincount(level, folded[:i]), np.bincount(level, folded[:i] > 0)
+        q = np.where(folded[:i] > 0, (counted / np.maximum(used, 1))[level], 0.0)
         p, q = p / p.sum(), q / max(q.sum(), 1)
         seen = p > 0
-        losses[i] = np.sum(p[seen] * (np.log(p[seen]) - np.log(np.maximum(q[seen], 1e-9))))
+        terms = p[seen] * (np.log(p[seen]) - np.log(np.maximum(q[seen], 1e-9)))
+        losses[i], magnitudes[i] = np.sum(terms), np.sum(np.abs(terms))
     found = kl_threshold(jnp.asarray(counts, jnp.float32), jnp.asarray(int(np.log2(top)), jnp.int32), 128)
     place = round(float(found) / top * (BINS // 2))
-    assert losses[place] <= min(losses.values()) + 1e-5  # sums of 2048 float32 terms of a divergence below 1
+    # Sums of up to 2048 float32 terms, of the one found and of the least, and their logarithms' own rounding.
+    best = min(losses, key=losses.get)
+    slack = sum(BINS // 2 * EPS / 2 * magnitudes[i] + 4 * EPS for i in (place, best))
+    assert losses[place] <= losses[best] + slack
     assert choose(gather(x), spec_of("kl"))[0] * 127 == pytest.approx(min(float(found), np.abs(x).max()), rel=4 * EPS)
 
 
@@ -119,7 +122,7 @@ def test_admm_alternates_to_a_least_squares_scale(rng):
     found = float(choose(gather(x), spec_of("admm"))[0])
     errors = [np.sum(counts * (round_to(values, s) - values) ** 2) for s in (found, scale, np.abs(x).max() / 127)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)  # float32 may stop at a neighbouring fixed point
-    assert errors[0] < errors[2]
+    assert errors[0] <= errors[2] * (1 + 4 * EPS)  # no step raises it; a first scale that is fixed stays
 
 
 def test_samples_stand_in_after_a_pre_scale(rng):
