@@ -287,8 +287,8 @@ def main():
     where = ("what", "shape", "m", "k", "n", "dtype", "form", "group")
     shown = functools.partial(_bench.show, where=where, hidden=("tokens",))
     # Within a phase workers choose items by what they have in memory. PyTorch's profiler keeps CUPTI to itself for the
-    # rest of a process, so its measurements have processes of their own.
-    for phase in (("torch",), ("verify", "siblings", "peaks", "time", "xla", "quant"), ("sweep",)):
+    # rest of a process, so its measurements have processes of their own; XLA's programs are searched for at the device.
+    for phase in (("torch",), ("verify", "siblings", "peaks", "time", "quant"), ("xla",), ("sweep",)):
         items = [item for step in phase if step in options.only for item in steps[step]]
         if items:
             left = {"workers": options.workers, "seconds": deadline - time.monotonic()}

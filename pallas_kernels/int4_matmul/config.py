@@ -93,16 +93,25 @@ def supports(
       scale_dtype: of the scales.
       qtype: the format of the codes.
     """
+    dtype, scale_dtype, group_size = jnp.dtype(dtype), jnp.dtype(scale_dtype), k // num_groups
+    reason = _unsupported_operands(n, num_groups, group_size, dtype, has_zero_point, scale_dtype, qtype)
+    if reason is not None or config is None:
+        return reason
+    return _unsupported_cut(config, n, num_groups, group_size, dtype, has_zero_point, qtype) or _too_large(
+        config, group_size, dtype, has_zero_point, scale_dtype, qtype
+    )
+
+
+def _unsupported_operands(n, num_groups, group_size, dtype, has_zero_point, scale_dtype, qtype) -> str | None:
+    """Why no configuration takes such operands."""
     if qtype not in FORMATS:
         return f"codes of {qtype}; the kernel unpacks {', '.join(FORMATS)}"
-    dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn):
         return f"x is {dtype.name}; the kernel takes bfloat16 or float16, or codes in int8 or float8_e4m3fn"
-    if jnp.dtype(scale_dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"scales are {jnp.dtype(scale_dtype).name}; the kernel takes bfloat16, float16 or float32"
+    if scale_dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"scales are {scale_dtype.name}; the kernel takes bfloat16, float16 or float32"
     if n % TILE:
         return f"N = {n} is not a multiple of {TILE}; pack() pads it"
-    group_size = k // num_groups
     if num_groups > 1 and group_size not in (32, 64, 128) and group_size % 256:
         return f"groups of {group_size} inputs; the kernel takes 32, 64, 128, a multiple of 256, or one group"
     if dtype.itemsize == 1 and qtype != "int4":
@@ -115,16 +124,18 @@ def supports(
         return "zero points with 8-bit activations: a code less its zero point does not fit the operand's 4 bits"
     if dtype == jnp.int8 and group_size > LARGEST_INT8_GROUP:
         return f"{group_size} inputs share a scale; int32 sums hold {LARGEST_INT8_GROUP}"
-    if config is None:
-        return None
+    return None
+
+
+def _unsupported_cut(config: Config, n, num_groups, group_size, dtype, has_zero_point, qtype) -> str | None:
+    """Why a configuration does not take operands that others do."""
     if num_groups > 1 and group_size % config.block_k and config.block_k % group_size:
         return f"block_k = {config.block_k} and groups of {group_size} do not divide one another"
     if dtype.itemsize == 1 and not config.scale_after:
         return "scale_after = False with 8-bit activations, which meet codes that are not scaled"
     channels = num_groups == 1 and not has_zero_point and dtype != jnp.float8_e4m3fn
-    if (channels or not config.scale_after) and config.block_k < 2 * products_k(
-        config.block_k, group_size, dtype.itemsize
-    ):
+    product = products_k(config.block_k, group_size, dtype.itemsize)
+    if (channels or not config.scale_after) and config.block_k < 2 * product:
         return f"block_k = {config.block_k} is one product; a long sum takes two a stage, which alternate registers"
     if dtype == jnp.float8_e4m3fn and min(config.block_k, group_size) > DEEPEST_FP8:
         return f"sums of {min(config.block_k, group_size)} fp8 products, whose accumulator is good for {DEEPEST_FP8}"
@@ -136,13 +147,16 @@ def supports(
         )
     if config.block_k % FORMATS[qtype].tile_k:
         return f"block_k = {config.block_k} and tiles of {FORMATS[qtype].tile_k} inputs"
+    return None
+
+
+def _too_large(config: Config, group_size, dtype, has_zero_point, scale_dtype, qtype) -> str | None:
+    """Why a configuration does not fit the shared memory of an SM."""
     used = config.shared_memory_bytes(
-        group_size, has_zero_point, jnp.dtype(scale_dtype).itemsize, dtype.itemsize, FORMATS[qtype].bits
+        group_size, has_zero_point, scale_dtype.itemsize, dtype.itemsize, FORMATS[qtype].bits
     )
     room = SHARED_MEMORY_BYTES // config.blocks_per_sm - 1024 * (config.blocks_per_sm - 1)
-    if used > room:
-        return f"{used} bytes of shared memory, at most {room}"
-    return None
+    return f"{used} bytes of shared memory, at most {room}" if used > room else None
 
 
 def products_k(block_k: int, group_size: int, x_bytes: int = 2) -> int:
