@@ -36,7 +36,7 @@ def test_a_trial_gives_a_row(rng):
     config = DecoderConfig(vocab_size=32, hidden_size=128, intermediate_size=128, num_hidden_layers=1,
                            num_attention_heads=2, num_key_value_heads=1, head_dim=64)  # fmt: skip
     model = Decoder(config)
-    params = model.init_params(jax.random.key(int(rng.integers(2**31))))
+    params = jax.jit(model.init_params)(jax.random.key(int(rng.integers(2**31))))
     tokens = rng.integers(0, 32, (4, 9))
     trial = next(trial for trial in TABLES["mixed"]() if trial.name == "rtn, 4 bits each")
     row = measure(trial, model, model.forward, params, tokens[:2], tokens[2:])

@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return jax.tree.map(np.asarray, model.init_params(jax.random.key(np.random.default_rng().integers(2**31))))
+    return jax.tree.map(np.asarray, jax.jit(model.init_params)(jax.random.key(np.random.default_rng().integers(2**31))))
 
 
 def reordered(leaf):

@@ -22,7 +22,7 @@ def row(*draws, calibrated=True):
 
 def test_meter_agrees_with_evaluate_for_weights_and_for_logits(rng, tmp_path):
     model = Decoder(CONFIG)
-    params = model.init_params(jax.random.key(int(rng.integers(1 << 30))))
+    params = jax.jit(model.init_params)(jax.random.key(int(rng.integers(1 << 30))))
     moved = jax.tree.map(lambda leaf: leaf + 0.05 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
     tokens = rng.integers(0, 32, (11, 9)).astype(np.uint16)  # a ragged last batch
     record = {"bits": 4.0, "calibrated": False, "flags": {}, "versions": {}, "seconds": 1.0}
