@@ -23,8 +23,8 @@ import jaxquant as jq
 from experiments._clock import write_results
 from experiments.evaluation import token_measures
 from experiments.models import Decoder, generate, load_hf
-from jaxquant._kv_groups import quantize_groups
 from jaxquant.arrays._qtypes import NF4_LEVELS
+from jaxquant.kv_cache._groups import quantize_groups
 from pallas_kernels.decode_attention import quantized_tokens
 from pallas_kernels.decode_attention.reference import dequantize_codes
 

@@ -1,6 +1,5 @@
 """Quantization for JAX: functional transforms of parameter pytrees, and models that run on the result unmodified."""
 
-from jaxquant._kernels import attention as attention
 from jaxquant._quantize import dequantize as dequantize
 from jaxquant._quantize import quantize as quantize
 from jaxquant.algorithms._transform import WeightTransform as WeightTransform
@@ -51,6 +50,7 @@ from jaxquant.parameters._lazy import LazyArray as LazyArray
 from jaxquant.parameters._pack_for import pack_for as pack_for
 from jaxquant.parameters._summary import Summary as Summary
 from jaxquant.parameters._summary import summary as summary
+from jaxquant.products._attention import attention as attention
 from jaxquant.products._grouped import ragged_dot as ragged_dot
 from jaxquant.products._lookup import take as take
 from jaxquant.products._moe import Routing as Routing

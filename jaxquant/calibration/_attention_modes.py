@@ -1,6 +1,7 @@
 """Which format each attention of a model bears: measured on its own queries, keys and values."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -8,19 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant._kernels import attention
 from jaxquant.calibration._calibrate import arguments_of
+from jaxquant.products._attention import attention
 
 MODES = ("int8_fp8", "int8_f16")  # the fastest first
 _OPTIONS = {
     "bias": "bias",
     "mask": "mask",
     "causal": "is_causal",
+    "is_causal": "is_causal",
     "window": "local_window_size",
     "query_lengths": "query_seq_lengths",
     "kv_lengths": "key_value_seq_lengths",
     "scale": "scale",
 }
+_OF_FLAX = ("dtype", "precision", "broadcast_dropout", "dropout_rng", "dropout_rate", "deterministic", "module")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +46,12 @@ class AttentionModes:
         """
         remaining = iter(self.modes)
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
+        @functools.wraps(attention)  # linen passes what the signature names
+        def attend(*operands: jax.Array | None, **options: Any) -> jax.Array:
             mode = next(remaining, None)
             if mode is None:
                 raise ValueError(f"the model calls attention more than the {len(self.modes)} times it was measured for")
-            return attention(q, k, v, mode=mode, **options)
+            return attention(*operands, **{**options, "mode": mode})
 
         return attend
 
@@ -67,7 +71,7 @@ def choose_attention_modes(
 
     Args:
         apply_fn: `apply_fn(params, *batch, attention)` runs the model with `attention` as its attention function:
-            called as `jq.attention` is, once a layer, outside of scans.
+            called as `jq.attention` is, once a layer, outside of scans. A Flax model takes it as `attention_fn`.
         params: the model's parameters, float or quantized.
         batches: calibration inputs; an array, or a tuple of arguments, each.
         modes: candidates, the fastest first.
@@ -118,16 +122,20 @@ def choose_attention_modes(
 def _measuring(found: list[jax.Array], modes: Sequence[str]) -> Callable[..., jax.Array]:
     """Float attention that appends, for each call, the products [modes, 3] of which cosines are made."""
 
+    @functools.wraps(attention)
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
-        unknown = options.keys() - _OPTIONS.keys()
+        unknown = options.keys() - _OPTIONS.keys() - {*_OF_FLAX}
         if unknown:
             raise ValueError(f"attention: {sorted(unknown)} cannot be given where modes are chosen")
+        outputs = [attention(q, k, v, mode=mode, **options) for mode in modes]
+        given = {name: x for name, x in options.items() if name in _OPTIONS and x is not None}
+        if "mask" in given:
+            given["mask"] = given["mask"].astype(bool)
         exact = jax.nn.dot_product_attention(
-            *(x.astype(jnp.float32) for x in (q, k, v)), **{_OPTIONS[name]: x for name, x in options.items()}
+            *(x.astype(jnp.float32) for x in (q, k, v)), **{_OPTIONS[name]: x for name, x in given.items()}
         )
-        outputs = [attention(q, k, v, mode=mode, **options).astype(jnp.float32) for mode in modes]
-        found.append(jnp.stack([_products(exact, out) for out in outputs]))
-        return exact.astype(q.dtype)
+        found.append(jnp.stack([_products(exact, out.astype(jnp.float32)) for out in outputs]))
+        return exact.astype(outputs[0].dtype)
 
     return attend
 

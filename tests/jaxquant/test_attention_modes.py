@@ -1,7 +1,11 @@
+from collections.abc import Callable
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxquant as jq
 
@@ -61,3 +65,51 @@ def test_bad_input_is_named(batches):
         jq.choose_attention_modes(lambda params, x, attention: x, {}, batches)
     with pytest.raises(ValueError, match="implementation"):
         jq.choose_attention_modes(lambda p, x, attend: attend(x, x, x, implementation="xla"), {}, batches)
+
+
+class Layers(nn.Module):
+    """Two causal attentions of Flax, the mask an array of numbers as Flax makes it."""
+
+    attention: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        mask = nn.make_causal_mask(x[..., 0])
+        for _ in range(2):
+            layer = nn.MultiHeadDotProductAttention(
+                num_heads=2, attention_fn=self.attention, dropout_rate=0.1, deterministic=True
+            )
+            x = x + layer(x, mask=mask)
+        return x
+
+
+def test_modes_of_a_linen_model(rng):
+    """The mask reaches every attention: without it, the first tokens would see the last ones."""
+    x = jnp.asarray(rng.normal(size=(1, 48, 64)), jnp.float32)
+    plain = Layers(nn.dot_product_attention)
+    params = plain.init(jax.random.key(0), x)
+    chosen = jq.choose_attention_modes(lambda params, x, attention: Layers(attention).apply(params, x), params, [x])
+    assert len(chosen.modes) == 2
+    for attention in (chosen.attention(), jq.attention):
+        out, expected = Layers(attention).apply(params, x), plain.apply(params, x)
+        # e4m3 weights and values err by 5/64 of an attention's output at most (tests/pallas_kernels); the two layers'
+        # outputs are no larger than their residual stream.
+        assert float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected)) < 5 / 32
+
+
+def test_attention_of_an_nnx_module(rng):
+    x = jnp.asarray(rng.normal(size=(1, 48, 64)), jnp.float32)
+    layers = [
+        nnx.MultiHeadAttention(2, 64, decode=False, attention_fn=f, rngs=nnx.Rngs(0))
+        for f in (nnx.dot_product_attention, jq.attention)
+    ]
+    expected, out = (layer(x, is_causal=True) for layer in layers)
+    assert float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected)) < 5 / 64
+
+
+def test_weights_are_neither_dropped_nor_sown(batches):
+    x = batches[0]
+    with pytest.raises(ValueError, match="does not drop weights"):
+        jq.attention(x, x, x, dropout_rate=0.1, deterministic=False)
+    with pytest.raises(ValueError, match="does not sow"):
+        jq.attention(x, x, x, module=object())
