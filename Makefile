@@ -58,7 +58,7 @@ clean:  ## remove what was built, but not .venv
 	@echo "Installing jaxquant and its test tools into .venv (about a minute) ..."
 	$(PIP) -c constraints.txt -e '.[experiments,test]'
 	$(PIP) --no-deps -r tests/third_party.txt
-	@touch $@
+	@touch $@ .venv/quickstart.stamp
 
 .venv/aot.stamp: .venv/created.stamp $(PINS)
 	@echo "Installing the CUDA compiler wheels into .venv ..."

@@ -7,7 +7,7 @@ set -eu
 rm -rf .venv-newest
 "$(scripts/find_python.sh)" -m venv .venv-newest
 python=.venv-newest/bin/python
-"$python" -m pip install --quiet --disable-pip-version-check --upgrade jax jaxlib -e . pytest hypothesis
+"$python" -m pip install --quiet --disable-pip-version-check --upgrade jax jaxlib -e . pytest pytest-xdist hypothesis
 
 newest=$("$python" -c 'import jax; print(jax.__version__)')
 if grep -qx "jax==$newest" constraints.txt; then
@@ -16,4 +16,4 @@ if grep -qx "jax==$newest" constraints.txt; then
 fi
 echo "dispatch tests on jax $newest"
 tests=tests/jaxquant
-"$python" -m pytest -q -o filterwarnings=default $tests/test_dispatch.py $tests/test_explain.py $tests/test_interpreter.py
+"$python" -m pytest -q -n 2 --dist worksteal -o filterwarnings=default $tests/test_dispatch.py $tests/test_explain.py $tests/test_interpreter.py
