@@ -47,7 +47,7 @@ class AttentionModes:
         remaining = iter(self.modes)
 
         @functools.wraps(attention)  # linen passes what the signature names
-        def attend(*operands: jax.Array | None, **options: Any) -> jax.Array:
+        def attend(*operands: Any, **options: Any) -> jax.Array:
             mode = next(remaining, None)
             if mode is None:
                 raise ValueError(f"the model calls attention more than the {len(self.modes)} times it was measured for")
