@@ -206,4 +206,4 @@ def _slices(shape: tuple[int, ...], nbytes: int) -> Iterator[Any]:
     dim = int(np.argmax(shape)) if shape else 0
     width = max(1, shape[dim] * SLICE_BYTES // max(nbytes, 1)) if shape else 1
     for start in range(0, shape[dim] if shape else 1, width):
-        yield (*[slice(None)] * dim, slice(start, start + width)) if shape else ()
+        yield (*[slice(None)] * dim, slice(start, min(start + width, shape[dim]))) if shape else ()

@@ -93,6 +93,7 @@ def spill(folder: pathlib.Path, chunks: Chunks) -> np.ndarray:
     array = mapped_array(folder, chunks.shape, chunks.dtype)
     rows = max(1, _SPILL_BYTES * chunks.shape[0] // array.nbytes)
     for start in range(0, chunks.shape[0], rows):
-        array[start : start + rows] = chunks[start : start + rows]
+        block = slice(start, min(start + rows, chunks.shape[0]))  # tensorstore wants no more than there is
+        array[block] = chunks[block]
         forget_pages(array)
     return array

@@ -16,6 +16,7 @@ import jaxquant.conversion
 from jaxquant import QuantConfig, load, quantize, save
 from jaxquant._sources import open_source, read_leaf
 from jaxquant.conversion import convert
+from jaxquant.inspection import diff
 from jaxquant.storage._chunks import Chunks, open_chunks
 
 TREE = {"layer": {"kernel": np.arange(24, dtype=np.float32).reshape(4, 6)}, "list": [np.ones(2, np.float16), {}]}
@@ -145,3 +146,28 @@ def test_a_large_weight_is_quantized_without_being_whole_in_memory(tmp_path, lar
     got, want = (jax.tree.leaves(params) for params in (load(tmp_path / "out"), quantize(tree, config)))
     for left, right in zip(got, want, strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("kind", ["orbax", "ours"])
+def test_large_arrays_that_are_kept_are_not_whole_in_memory(tmp_path, large, monkeypatch, rng, kind):
+    """Nor are codes; what is stored as bytes (float8) has its dtype again."""
+    tree = {"kernel": rng.normal(size=(33, 5)).astype(np.float32), "vector": np.arange(77, dtype=np.int16)}
+    if kind == "ours":
+        tree |= quantize({"codes": rng.normal(size=(64, 24)).astype(np.float32)}, QuantConfig.preset("fp8"))
+        save(tmp_path / "src", tree)
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "src", tree)
+    monkeypatch.setattr(jaxquant._sources._Ahead, "take", lambda *_: pytest.fail("read whole"))
+    convert(tmp_path / "src", tmp_path / "out")
+    for left, right in zip(jax.tree.leaves(load(tmp_path / "out")), jax.tree.leaves(tree), strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+    assert all(row.sqnr == np.inf for row in diff(tmp_path / "src", tmp_path / "out"))
+
+
+def test_leaves_that_are_no_arrays_are_named(tmp_path):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "src", args=ocp.args.PyTreeSave({"w": np.ones(3), "name": "model"}))
+    with pytest.raises(ValueError, match=r"src: 'name' is no array but StringMetadata"):
+        open_source(tmp_path / "src")
