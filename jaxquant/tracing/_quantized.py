@@ -198,12 +198,12 @@ def explain(fn: Callable[..., Any], *args: Any, config: QuantConfig | None = Non
 
 
 def _reason(use: Use, weight: Any, some_packed: bool) -> str:
-    """A use's own reason; in a packed tree, also why XLA multiplies this weight."""
-    if use.reason or use.implementation != "xla" or not some_packed:
+    """A use's own reason, or why XLA multiplies this weight: no kernel takes it, or it alone is not packed."""
+    if use.reason or use.implementation != "xla":
         return use.reason
     if is_packed(weight):
         return "unpacked in the program: this use or a view before it has no form in its packed layout"
-    return packing_refusal(weight) or "not packed"
+    return packing_refusal(weight) or ("not packed" if some_packed else "")
 
 
 def _left_in_float(args: tuple, kwargs: dict, config: QuantConfig | None) -> list[tuple[str, str, str]]:

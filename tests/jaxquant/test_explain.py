@@ -103,3 +103,14 @@ def test_flax_still_checks_its_shapes():
 def test_explain_takes_shapes_for_arrays():
     explanation = explain(lambda p, x: x @ p["w"], params("w"), jax.ShapeDtypeStruct((3, 32), jnp.float32))
     assert explanation.products == 1
+
+
+def test_a_weight_that_no_kernel_takes_says_why():
+    """Groups that the kernels do not cut stages by; a weight that could be packed and is not says nothing."""
+    tree = {
+        name: quantize(jnp.ones((384, 64)), QuantConfig.preset("w4a16", group_size=size))
+        for name, size in (("odd", 96), ("usual", 128))
+    }
+    explained = explain(lambda p, x: x @ p["odd"] + x @ p["usual"], tree, jnp.ones((2, 384)))
+    why = "groups of 96 inputs; the kernel takes 32, 64, 128, a multiple of 256, or one group"
+    assert [row[5:7] for row in explained.rows] == [("xla", why), ("xla", "")]
