@@ -221,6 +221,27 @@ def test_experts_are_stacked_here(tmp_path, rng, quantized):
         assert restored["layers_0"]["moe"]["w1"]["kernel"].shape == (experts, D, H)
 
 
+@pytest.mark.parametrize(("model_type", "norms"), [("gemma", ()), ("gemma2", (1,)), ("gemma3_text", (1, 2))])
+def test_the_head_of_gemma_is_the_embedding_unless_said_otherwise(tmp_path, rng, model_type, norms):
+    """Gemma's config.json leaves `tie_word_embeddings` out, and its later models have more norms."""
+    params = random_llama(rng)
+    head = params.pop("lm_head")
+    for layer in range(LAYERS):
+        for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm") * (1 in norms):
+            params[f"layers_{layer}"][name] = {"scale": random_float(rng, D)}
+        for name in ("q_norm", "k_norm") * (2 in norms):
+            params[f"layers_{layer}"]["self_attn"][name] = {"scale": random_float(rng, D // 4)}
+    config = CONFIG | {"model_type": model_type}
+    save_huggingface(tmp_path / "tied", params, config, format="gptq")
+    assert_same(load_huggingface(tmp_path / "tied")[0], params)
+    untied = config | {"tie_word_embeddings": False}
+    save_huggingface(tmp_path / "untied", params | {"lm_head": head}, untied, format="gptq")
+    assert_same(load_huggingface(tmp_path / "untied")[0], params | {"lm_head": head})
+    (tmp_path / "tied" / "config.json").write_bytes((tmp_path / "untied" / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"missing \['lm_head'\]"):
+        load_huggingface(tmp_path / "tied")
+
+
 def test_a_table_of_the_users_own(tmp_path, rng):
     table = (*LLAMA, Module("model.layers.{i}.adapter.{x}", "layers_{i}/{x}_adapter", "linear"))
     params = random_llama(rng)
@@ -253,6 +274,35 @@ def test_missing_and_surplus_modules_are_listed(tmp_path, rng):
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"surplus \['model.layers.0.mlp.extra.weight'\]"):
         load_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "conv"}, "kind 'conv'; accepted: linear, embedding, norm, scales"),
+        ({"path": "b/{j}"}, r"b/{j} has the placeholders \['j'\], where a.{i} asks for \['i'\]"),
+        ({"hf": "a.{i}.{i}"}, "asks for"),
+        ({"stack": "e"}, "stack 'e' is no placeholder of a.{i}"),
+        ({"parts": {"q": "x"}}, r"where a.{i} asks for \['i', 'part'\]"),
+        ({"parts": {"q": 3}, "path": "b/{i}/{part}"}, "are text"),
+        ({"optional": 1}, "true or false"),
+        ({"path": None}, "are text"),
+    ],
+)
+def test_lines_of_a_table_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Module(**{"hf": "a.{i}", "path": "b/{i}", "kind": "linear"} | fields)
+
+
+def test_sizes_of_parts_that_the_config_does_not_give(tmp_path, rng):
+    line = Module("model.fused", "{part}", "linear", parts={"a": "inner * 2", "b": "outer"})
+    params = {"a": {"kernel": random_float(rng, D, 4)}, "b": {"kernel": random_float(rng, D, 3)}}
+    save_huggingface(tmp_path, params, {"inner": 2, "outer": 3}, format="float", modules=(line,))
+    assert_same(load_huggingface(tmp_path, modules=(line,))[0], params)
+    for wrong in ({"inner": 2}, {"inner": 2, "outer": "3"}, {"inner": -2, "outer": 3}):
+        (tmp_path / "config.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="a positive number is needed"):
+            load_huggingface(tmp_path, modules=(line,))
 
 
 @pytest.mark.parametrize(
