@@ -64,7 +64,7 @@ def quantize(
         offload: a sequential pass keeps activations in the host's memory.
         unseen: what becomes of an expert that no calibration token reached: an error, or round-to-nearest with a note
             in the report.
-        expert_tokens: what an expert is calibrated by, as `calibrate` takes it; `"all"` not in a sequential pass.
+        expert_tokens: what an expert is calibrated by, as `calibrate` takes it.
         borrow: the weight of the other experts' tokens, as `calibrate` takes it.
         report: called with a `WeightReport` for each calibrated weight as it is finished; a `Report` collects them.
         resume: a folder in which each calibrated weight is kept as it is finished; a second run of the same
@@ -100,11 +100,6 @@ def quantize(
     if watches and stats is None and (apply_fn is None or first is None):
         raise _missing_data(next(iter(watches)), config)
     walked = _walks(sequential, watches, stats)
-    if walked and expert_tokens == "all":
-        raise NotImplementedError(
-            "quantize: expert_tokens='all' in a sequential pass; leave sequential out where the algorithm lets you, or"
-            " give borrow="
-        )
     emit = _listener(report, sum(chosen.spec is not None for chosen in assignments.values()))
     form = "walk" if walked else "float"
     form += f", expert_tokens={expert_tokens}, borrow={borrow}" if borrow or expert_tokens != "routed" else ""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxquant.calibration._plan import Meet, Plan
+from jaxquant.calibration._plan import Meet, Plan, variables_of
 from jaxquant.tracing._control import aval
 
 
@@ -46,7 +46,7 @@ def find_blocks(body: core.Jaxpr, plan: Plan, depends: Callable[[core.Var], bool
         The blocks; what follows the last cut is a block of its own, trained on the program's outputs.
     """
     carried = _carried(body, plan, depends)
-    last = {var: number for number, eqn in enumerate(body.eqns) for var in _variables(eqn)}
+    last = {var: number for number, eqn in enumerate(body.eqns) for var in variables_of(eqn)}
     made = {var: number for number, eqn in enumerate(body.eqns) for var in eqn.outvars}
     live = {var for var in carried if var not in made}
     meets, pieces, start, before = list(plan.meets), [], -1, -1
@@ -79,14 +79,10 @@ def _carried(body: core.Jaxpr, plan: Plan, depends: Callable[[core.Var], bool]) 
         var = pending.pop()
         if var not in found and depends(var) and jnp.issubdtype(aval(var).dtype, jnp.floating):
             found.add(var)
-            pending += _variables(makers[var]) if var in makers else []
+            pending += variables_of(makers[var]) if var in makers else []
     weights = set(plan.born)
     for eqn in body.eqns:
-        if any(var in found or var in weights for var in _variables(eqn)):
+        if any(var in found or var in weights for var in variables_of(eqn)):
             found |= {var for var in eqn.outvars if depends(var)}
             weights |= {var for var in eqn.outvars if not depends(var)}
     return found
-
-
-def _variables(eqn: core.JaxprEqn) -> list[core.Var]:
-    return [atom for atom in eqn.invars if not isinstance(atom, core.Literal)]

@@ -1,6 +1,7 @@
 """One weight from its statistics to its quantized form and its report."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -181,14 +182,15 @@ def quantize_calibrated(
             raise ValueError(f"{path}: {note}, so there is no static activation scale for it; give more batches")
         nearest, _ = quantize_weight(joined, spec, None, None, **options)
         quantized = _replace_unseen(quantized, nearest, jnp.asarray(seen))
-    parts = [quantized] if dim is None else _split(quantized, dim, [w.shape[dim] for w in arrays])
+    parts = [quantized] if dim is None else _split(quantized, dim, tuple(w.shape[dim] for w in arrays))
     ratios = [float(signal_to_noise(w, _dequantize(q))) for w, q in zip(arrays, parts, strict=True)]  # waits for them
     name, seconds = algorithm.name if algorithm is not None else "", (time.perf_counter() - start) / len(parts)
     rows = [make_row(n, name or "rtn", r, numbers, seconds, note) for n, r in zip(names, ratios, strict=True)]
     return list(zip(parts, rows, strict=True))
 
 
-def _split(w: QArray | OutlierArray, dim: int, sizes: Sequence[int]) -> list[QArray | OutlierArray]:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _split(w: QArray | OutlierArray, dim: int, sizes: tuple[int, ...]) -> list[QArray | OutlierArray]:
     """Takes weights that lie side by side apart."""
     parts, start = [], 0
     for size in sizes:

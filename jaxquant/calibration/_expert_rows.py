@@ -89,7 +89,7 @@ def all_rows(
         for a down projection, gate, up and what joins them; for gate and up, nothing. What an enclosing program made of
         the sizes stays as it was.
     """
-    eqns = _between(frame.body.eqns, atom, sizes_atom, until)
+    eqns = equations_between(frame.body.eqns, atom, sizes_atom, until)
 
     def rows(sizes: jax.Array) -> jax.Array:
         made = {sizes_atom: sizes}
@@ -114,14 +114,24 @@ def through_every_expert(rows: Callable[[jax.Array], jax.Array], sizes: jax.Arra
     Returns:
         ([E, M, K], float32 [E, M] weights: one for each row that is anybody's).
     """
-    total = jnp.sum(sizes)
-    alone = jnp.eye(sizes.shape[0], dtype=sizes.dtype) * total
-    made = jax.lax.map(rows, alone)
-    live = (jnp.arange(made.shape[1], dtype=sizes.dtype) < total).astype(jnp.float32)
-    return made, jnp.broadcast_to(live, made.shape[:2])
+    made = jax.lax.map(rows, alone_in_groups(sizes))
+    return made, rows_of_all(made, sizes)
 
 
-def _between(eqns: Sequence[core.JaxprEqn], atom: Any, source: Any, until: core.JaxprEqn) -> list[core.JaxprEqn]:
+def alone_in_groups(sizes: jax.Array) -> jax.Array:
+    """For each expert the group sizes [E] with which all rows are its own: [E, E]."""
+    return jnp.eye(sizes.shape[0], dtype=sizes.dtype) * jnp.sum(sizes)
+
+
+def rows_of_all(rows: jax.Array, sizes: jax.Array) -> jax.Array:
+    """float32 [E, M] weights of rows [E, M, K] that every expert sees: one for each row that is anybody's."""
+    live = (jnp.arange(rows.shape[1], dtype=sizes.dtype) < jnp.sum(sizes)).astype(jnp.float32)
+    return jnp.broadcast_to(live, rows.shape[:2])
+
+
+def equations_between(
+    eqns: Sequence[core.JaxprEqn], atom: Any, source: Any, until: core.JaxprEqn
+) -> list[core.JaxprEqn]:
     """The equations through which one variable depends on another."""
     reached, forward = {source}, []
     for eqn in eqns:

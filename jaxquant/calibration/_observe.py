@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxquant.algorithms._statistics import Statistics, init_statistics, merge_statistics, update_statistics
-from jaxquant.calibration._expert_rows import all_rows, pooled_rows, ragged_weights, through_every_expert
+from jaxquant.calibration._expert_rows import all_rows, pooled_rows, ragged_weights, rows_of_all, through_every_expert
 from jaxquant.tracing._interpreter import Frame
 from jaxquant.tracing._tracking import Meeting, Tracked, Tracker
 
@@ -109,10 +109,16 @@ def read_product(value: Tracked, meeting: Meeting, watch: Watch, rank: int) -> R
 
 
 def read_ragged(value: Tracked, watch: Watch) -> Reading:
-    """For each expert the rows sorted to it; the inputs are rows [M, K] and their number for each expert."""
+    """For each expert the rows sorted to it, or all; the inputs are rows [M, K] and their number for each expert.
+
+    Rows may be [E, M, K]: all of them, as each expert would get them.
+    """
     check_axes(value, (1,), watch)
 
     def rows(x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if watch.expert_tokens == "all":
+            shown = jnp.broadcast_to(x, (*sizes.shape, *x.shape[-2:]))
+            return shown, rows_of_all(shown, sizes)
         weights = ragged_weights(x.shape[0], sizes, watch.borrow)
         return jnp.broadcast_to(x, (weights.shape[0], *x.shape)), weights
 

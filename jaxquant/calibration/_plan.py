@@ -8,6 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
+from jaxquant.calibration._expert_rows import equations_between
 from jaxquant.calibration._observe import Reading, Watch, read_convolution, read_product, read_ragged
 from jaxquant.tracing._control import aval
 from jaxquant.tracing._interpreter import Frame, Value
@@ -57,6 +58,8 @@ class Meet:
         reading: how they become rows; None for a branch, which is observed as a whole.
         stream: variable that the product's result is added to, or None.
         owners: of a branch: the variables that hold units, and which of the parameter's dimensions they hold.
+        again: of a ragged product whose experts are to see all tokens: the equations from group sizes to rows.
+        beside: what those read, group sizes and their own results aside.
     """
 
     number: int
@@ -65,6 +68,8 @@ class Meet:
     reading: Reading | None
     stream: core.Var | None = None
     owners: tuple[tuple[core.Var, Tracked], ...] = ()
+    again: tuple[core.JaxprEqn, ...] = ()
+    beside: tuple[core.Var, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +154,20 @@ class Planner(Tracker):
 
     def ragged(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array, sizes: jax.Array) -> None:
         """Writes a product with sorted rows down."""
-        if (watch := self.watches.get(value.path)) is not None:
-            self.meet(frame, eqn, [eqn.invars[1], eqn.invars[0], eqn.invars[2]], read_ragged(value, watch))
+        if (watch := self.watches.get(value.path)) is None:
+            return
+        atoms = [eqn.invars[1], eqn.invars[0], eqn.invars[2]]
+        self.meet(frame, eqn, atoms, read_ragged(value, watch))
+        if watch.expert_tokens == "all":
+            self.meets[-1] = self.shown_to_all(self.meets[-1])
+
+    def shown_to_all(self, meet: Meet) -> Meet:
+        """A meet whose every expert sees all rows, as it would get them."""
+        rows, sizes = meet.inputs
+        again = equations_between(self.body.eqns, rows, sizes, self.body.eqns[meet.number])
+        made = {sizes, *(var for eqn in again for var in eqn.outvars)}
+        beside = dict.fromkeys(atom for eqn in again for atom in variables_of(eqn) if atom not in made)
+        return dataclasses.replace(meet, again=tuple(again), beside=tuple(beside))
 
     def convolution(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array) -> None:
         """Writes a convolution down."""
@@ -208,3 +225,8 @@ class Planner(Tracker):
         """Whether a variable varies along more than one dimension: a bias, spread over tokens, does not."""
         maker = next((eqn for eqn in self.body.eqns if var in eqn.outvars), None)
         return maker is None or maker.primitive.name != "broadcast_in_dim"
+
+
+def variables_of(eqn: core.JaxprEqn) -> list[core.Var]:
+    """What an equation reads, without literals."""
+    return [atom for atom in eqn.invars if not isinstance(atom, core.Literal)]

@@ -7,10 +7,11 @@ import jax
 
 from jaxquant.algorithms._transform import BlockTuning
 from jaxquant.calibration._calibrate import arguments_of, check_reached
+from jaxquant.calibration._lanes import Inputs
 from jaxquant.calibration._observe import Watch
 from jaxquant.calibration._plan import plan_walk
 from jaxquant.calibration._tuned_walk import TunedWalk
-from jaxquant.calibration._walk import Inputs, Quantizer, Walk, stack_units
+from jaxquant.calibration._walk import Quantizer, Walk, stack_units
 from jaxquant.parameters._lazy import LazyArray
 from jaxquant.parameters._tree import map_named, named_leaves
 from jaxquant.tracing._arguments import split_arguments

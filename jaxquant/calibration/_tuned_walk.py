@@ -12,9 +12,10 @@ from jax.extend import core
 from jaxquant.algorithms._transform import BlockTuning
 from jaxquant.arrays._outliers import dequantize_weight
 from jaxquant.calibration._blocks import Block, find_blocks
+from jaxquant.calibration._lanes import COMMON, FLOAT, LANE, QUANTIZED, WEIGHT
 from jaxquant.calibration._plan import Unit
 from jaxquant.calibration._segments import print_part
-from jaxquant.calibration._walk import COMMON, FLOAT, LANE, QUANTIZED, WEIGHT, Quantizer, Walk
+from jaxquant.calibration._walk import Quantizer, Walk
 from jaxquant.parameters._tree import is_quantized
 from jaxquant.tracing._control import aval
 
@@ -85,7 +86,7 @@ class TunedWalk(Walk):
                     self.reach(group)
             if not restored:
                 self.train(block, program)
-            self._release([*program.read[COMMON], *program.read[LANE]])
+            self.release([*program.read[COMMON], *program.read[LANE]])
         return self.done
 
     def program(self, block: Block) -> Program:
@@ -140,7 +141,7 @@ class TunedWalk(Walk):
             self.lanes |= {var: [[outs[n] for outs in s] for s in after] for n, var in enumerate(program.outs)}
         for eqn in unused:
             if self.kinds[eqn.outvars[0]] != WEIGHT:
-                self._release([atom for atom in eqn.invars if not isinstance(atom, core.Literal)])
+                self.release([atom for atom in eqn.invars if not isinstance(atom, core.Literal)])
         self.floats = {unit: w for unit, w in self.floats.items() if unit not in self.done}
 
     def dense(self, var: core.Var) -> jax.Array:

@@ -1,18 +1,13 @@
 """The one-pass, true-sequential walk: each weight is quantized when its products are reached.
 
-A flat program is evaluated once, with all calibration batches side by side (*lanes*). Nothing is computed before it is
-needed: at a product with a watched weight, the equations its input depends on become one jitted *segment*, run for each
-batch, in which the weights met before are quantized already. The inputs yield the statistics, the weight is quantized,
-and its product waits for the next segment. Segments are cached by their printed form, so that layers alike compile
-once. Where an algorithm compares with the float model, a second stream of lanes keeps the float weights.
-
-Values are dropped once nothing needs them; with `offload` they wait in the host's memory.
+A flat program is evaluated once, with all calibration batches side by side (`jaxquant/calibration/_lanes.py`). At a
+product with a watched weight its inputs are evaluated, by a segment in which the weights met before are quantized
+already. They yield the statistics, the weight is quantized, and its product waits for the next segment.
 """
 
 import dataclasses
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -20,33 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from jaxquant.algorithms._statistics import FLOAT_NEEDS, Statistics
-from jaxquant.arrays._outliers import dequantize_weight
+from jaxquant.algorithms._statistics import Statistics
+from jaxquant.calibration._expert_rows import alone_in_groups
+from jaxquant.calibration._lanes import COMMON, FLOAT, LANE, QUANTIZED, WEIGHT, Evaluation, Inputs, tally
 from jaxquant.calibration._observe import Observer, Reading, Watch, add_statistics, empty_statistics, merge_stacks
-from jaxquant.calibration._plan import Meet, Plan, Unit
-from jaxquant.calibration._segments import Segments, nested_constants, weight_only, with_dtype
-from jaxquant.parameters._lazy import load_leaf
-from jaxquant.tracing._control import aval
-from jaxquant.tracing._interpreter import Frame, Region, bind
-
-COMMON, WEIGHT, LANE = range(3)  # what a variable depends on: parameters only; a unit too; a batch too
-QUANTIZED, FLOAT = range(2)  # streams
-Lanes = list[list[Any]]  # values by stream (quantized, float) and batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What a walk starts from.
-
-    Attributes:
-        parameters: the leaves that the program's first inputs stand for, by path.
-        batches: the other inputs, by batch.
-        offload: whether activations wait in the host's memory.
-    """
-
-    parameters: Mapping[str, Any]
-    batches: Sequence[Sequence[Any]]
-    offload: bool = False
+from jaxquant.calibration._plan import Meet, Plan, Unit, variables_of
+from jaxquant.calibration._segments import nested_constants
+from jaxquant.tracing._interpreter import bind
 
 
 class Quantizer(Protocol):
@@ -66,7 +41,7 @@ class Quantizer(Protocol):
         ...
 
 
-class Walk:
+class Walk(Evaluation):
     """One evaluation of a flat program; `run` gives the quantized units."""
 
     def __init__(
@@ -78,24 +53,11 @@ class Walk:
         quantizer: Quantizer,
     ) -> None:
         """Takes the program, where it meets weights, what it starts from, and what quantizes."""
-        self.body, self.plan, self.watches, self.inputs = flat.jaxpr, plan, watches, inputs
+        super().__init__(flat, plan, watches, inputs)
         self.quantizer = quantizer
-        self.frame = Frame(self.body, Region(), ())
-        self.streams = 2 if any(watch.needs & FLOAT_NEEDS for watch in watches.values()) else 1
-        self.makers = {var: number for number, eqn in enumerate(self.body.eqns) for var in eqn.outvars}
-        self.common: dict[core.Var, Any] = dict(zip(self.body.constvars, flat.consts, strict=True))
-        self.leaves = dict(zip(self.body.invars, inputs.parameters.values(), strict=False))
-        self.lanes: dict[core.Var, Lanes] = {}
-        for place, var in enumerate(self.body.invars[len(inputs.parameters) :]):
-            self.lanes[var] = [[batch[place] for batch in inputs.batches]] * self.streams
-        self.kinds = self._classify()
-        self.pending = self._count_readers()
-        self.left = _count([unit for meet in plan.meets for unit in meet.units])
+        self.left = tally(unit for meet in plan.meets for unit in meet.units)
         self.known = self.restore()
-        self.floats: dict[Unit, jax.Array] = {}
         self.statistics: dict[Unit, Statistics] = {}
-        self.done: dict[Unit, Any] = {}
-        self.segments = Segments()
         self.updates: dict[Any, Callable] = {}
         self.last: tuple[Any, Statistics] | None = None
 
@@ -122,7 +84,7 @@ class Walk:
             self.left[unit] -= 1
         self.finish([unit for unit in dict.fromkeys(units) if not self.left[unit]], len(group) > 1)
         for meet in group:
-            self._release(self.targets(meet))
+            self.release(self.targets(meet))
 
     def groups(self) -> list[list[Meet]]:
         """The meets in order, those together whose units are quantized side by side."""
@@ -163,124 +125,12 @@ class Walk:
             if unit in self.known:
                 self.done[unit] = self.known.pop(unit)
 
-    def targets(self, meet: Meet) -> list[core.Var]:
-        """What a meet reads."""
-        stream = [meet.stream] if meet.stream is not None and self._needs(meet, "residual") else []
-        return [*meet.inputs, *stream]
-
-    def _needs(self, meet: Meet, need: str) -> bool:
-        return meet.reading is not None and need in meet.reading.watch.needs
-
-    def _classify(self) -> dict[core.Var, int]:
-        """What each variable depends on."""
-        kinds = dict.fromkeys([*self.body.constvars, *self.leaves], COMMON) | dict.fromkeys(self.lanes, LANE)
-        kinds |= dict.fromkeys(self.plan.born, WEIGHT)
-        for eqn in self.body.eqns:
-            held = [kinds[atom] for atom in eqn.invars if not isinstance(atom, core.Literal)]
-            for var in eqn.outvars:
-                kinds[var] = WEIGHT if var in self.plan.born else max(held, default=COMMON)
-        return kinds
-
-    def _count_readers(self) -> dict[core.Var, int]:
-        """How many equations and meets that matter will still read each variable."""
-        targets = [var for meet in self.plan.meets for var in set(self.targets(meet))]
-        useful = self.slice_to([*targets, *self.ends()])
-        read = [atom for n in useful for atom in set(_variables(self.body.eqns[n]))]
-        return _count([*read, *targets])
-
-    def ends(self) -> tuple[core.Var, ...]:
-        """What the walk evaluates beside what its meets read."""
-        return ()
-
-    def slice_to(self, targets: Sequence[core.Var]) -> list[int]:
-        """Numbers of the equations not yet evaluated that lead to variables, in order."""
-        found, pending = set(), list(targets)
-        while pending:
-            var = pending.pop()
-            number = self.makers.get(var)
-            if var in self.common or var in self.lanes or var in self.plan.born or number is None or number in found:
-                continue
-            found.add(number)
-            pending += _variables(self.body.eqns[number])
-        return sorted(found)
-
-    def materialize(self, targets: Sequence[core.Var]) -> None:
-        """Evaluates what leads to variables: what batches share once, the rest for each batch in one segment."""
-        numbers = self.slice_to(targets)
-        for number in numbers:
-            eqn = self.body.eqns[number]
-            if self.kinds[eqn.outvars[0]] == COMMON:
-                outs = bind(self.frame, eqn, [self.read_common(atom) for atom in eqn.invars])
-                self.common.update(zip(eqn.outvars, outs, strict=True))
-                self._release(_variables(eqn))
-        eqns = [self.body.eqns[n] for n in numbers if self.kinds[self.body.eqns[n].outvars[0]] != COMMON]
-        if eqns:
-            self.run_segment(eqns, targets)
-
-    def read_common(self, atom: core.Var | core.Literal) -> Any:
-        """A value that all batches share; a parameter is loaded when it is first read."""
-        if isinstance(atom, core.Literal):
-            return atom.val
-        if atom not in self.common:
-            self.common[atom] = jnp.asarray(load_leaf(self.leaves[atom]))
-        return self.common[atom]
-
-    def run_segment(self, eqns: list[core.JaxprEqn], targets: Sequence[core.Var]) -> None:
-        """Runs equations as one program for each stream and batch, and keeps what is needed later."""
-        made = {var for eqn in eqns for var in eqn.outvars}
-        read = dict.fromkeys(atom for eqn in eqns for atom in _variables(eqn) if atom not in made)
-        evaluated = [eqn for eqn in eqns if self.kinds[eqn.outvars[0]] == LANE]
-        inside = _count([atom for eqn in evaluated for atom in set(_variables(eqn))])
-        lane_vars = [var for eqn in evaluated for var in eqn.outvars]
-        outs = [var for var in lane_vars if var in targets or self.pending.get(var, 0) > inside.get(var, 0)]
-        order = {kind: [var for var in read if self.kinds[var] == kind] for kind in (WEIGHT, COMMON, LANE)}
-        segment = self.segments.get(self.body, eqns, list(order.values()), outs)
-        for var in outs:
-            self.lanes[var] = [[] for _ in range(self.streams)]
-        for stream in range(self.streams):
-            weights = [self.weight(var, stream) for var in order[WEIGHT]]
-            common = [self.read_common(var) for var in order[COMMON]]
-            for place in range(len(self.inputs.batches)):
-                values = segment(weights, common, [self.lanes[var][stream][place] for var in order[LANE]])
-                values = jax.device_get(values) if self.inputs.offload else values
-                for var, value in zip(outs, values, strict=True):
-                    self.lanes[var][stream].append(value)
-        for eqn in evaluated:
-            self._release(_variables(eqn))
-        self.floats = {unit: w for unit, w in self.floats.items() if unit not in self.done}
-
-    def weight(self, var: core.Var, stream: int) -> Any:
-        """A unit as a segment's variable holds it: quantized once it is finished, in the first stream.
-
-        Many rows are faster multiplied with the float weight that codes stand for, unless they are rounded themselves.
-        """
-        born = self.plan.born[var]
-        dims = [place for place, own in enumerate(born.dims) if own is None]
-        value = self.done.get(born.unit) if stream == QUANTIZED else None
-        if value is None:
-            value = self.float_unit(born.unit)
-        elif weight_only(value):
-            value = _dequantize(value)
-        value = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, dims), value)
-        return with_dtype(value, aval(var).dtype)
-
-    def float_unit(self, unit: Unit) -> jax.Array:
-        """The float weight of a unit, loaded when it is first needed."""
-        if unit not in self.floats:
-            leaf, picked = load_leaf(self.inputs.parameters[unit.path]), dict(unit.index)
-            self.floats[unit] = jnp.asarray(leaf[tuple(picked.get(d, slice(None)) for d in range(-leaf.ndim, 0))])
-        return self.floats[unit]
-
-    def value(self, var: core.Var, stream: int, place: int) -> Any:
-        """What a batch has in a variable."""
-        return self.lanes[var][stream][place] if var in self.lanes else self.read_common(var)
-
     def observe(self, group: Sequence[Meet]) -> dict[Unit, Statistics]:
         """The statistics of meets that share their inputs; the next group may share them too."""
         first = group[0]
         if first.reading is None:
             return self.observe_branch(first)
-        stream, outputs = first.stream if self._needs(first, "residual") else None, sum(map(self._outputs, group))
+        stream, outputs = first.stream if self.needs(first, "residual") else None, sum(map(self._outputs, group))
         key = (first.reading.key, first.inputs, stream, outputs)
         if self.last is None or self.last[0] != key:
             self.last = key, self.gather(first, first.reading, stream, outputs)
@@ -288,7 +138,7 @@ class Walk:
 
     def _outputs(self, meet: Meet) -> int:
         """N where the statistics depend on it, else 0."""
-        if meet.reading is None or not self._needs(meet, "residual"):
+        if meet.reading is None or not self.needs(meet, "residual"):
             return 0
         size = math.prod(self.shape(meet.units[0]))
         held = math.prod(meet.reading.watch.shape[own] for own in meet.reading.lead)
@@ -300,20 +150,38 @@ class Walk:
         The rows of experts lie where the routing put them, and the quantized model may route a token elsewhere: row by
         row there is nothing to compare, so such rows are compared with themselves, and nothing is compensated.
         """
-        crossed = self._needs(meet, "cross")
+        crossed = self.needs(meet, "cross")
         update = self.updates.setdefault(
             reading.key,
             jax.jit(lambda stats, *inputs: add_statistics(stats, reading, *inputs), donate_argnums=0),
         )
         stats = empty_statistics(reading, outputs)
         for place in range(len(self.inputs.batches)):
-            inputs, beside = ([self.value(var, s, place) for var in meet.inputs] for s in (0, self.streams - 1))
+            inputs, beside = (self.read(meet, stream, place) for stream in (QUANTIZED, self.streams - 1))
             owed = None
             if stream is not None:
                 owed = self.value(stream, FLOAT, place) - self.value(stream, QUANTIZED, place)
                 owed = owed.reshape(-1, outputs)
             stats = update(stats, inputs, (inputs if reading.lead else beside) if crossed else None, owed)
         return stats
+
+    def read(self, meet: Meet, stream: int, place: int) -> list[Any]:
+        """What a product reads in a batch; rows that all experts are to see, as each would get them."""
+        inputs = [self.value(var, stream, place) for var in meet.inputs]
+        if not meet.again:
+            return inputs
+        rows, sizes = meet.inputs
+        order = {kind: [var for var in meet.beside if self.kinds[var] == kind] for kind in (WEIGHT, COMMON, LANE)}
+        segment = self.segments.get(
+            self.body, list(meet.again), [*list(order.values())[:2], [*order[LANE], sizes]], [rows]
+        )
+        weights, common = (
+            [self.weight(var, stream) for var in order[WEIGHT]],
+            list(map(self.read_common, order[COMMON])),
+        )
+        lanes = [self.value(var, stream, place) for var in order[LANE]]
+        made = [segment(weights, common, [*lanes, alone])[0] for alone in alone_in_groups(inputs[1])]
+        return [jnp.stack(made), inputs[1]]
 
     def observe_branch(self, meet: Meet) -> dict[Unit, Statistics]:
         """The statistics of all weights that the branches of a `cond` use, gathered as one traced program."""
@@ -322,7 +190,7 @@ class Walk:
                   for n, (var, held) in enumerate(meet.owners)}  # fmt: skip
         watches = {str(n): self.watches[unit.path] for n, unit in enumerate(meet.units)}
         weights = [self.owner(var) for var in owners]
-        read = list(dict.fromkeys(_variables(eqn)))
+        read = list(dict.fromkeys(variables_of(eqn)))
         body = self.body.replace(constvars=[], invars=read, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
 
         def observe(weights: list, others: list) -> dict:
@@ -355,23 +223,6 @@ class Walk:
             for atom in eqn.invars
         ]
         return bind(self.frame, eqn, values)[eqn.outvars.index(var)]
-
-    def _release(self, read: Sequence[core.Var]) -> None:
-        """Drops values that nothing needs any more."""
-        for var in set(read):
-            self.pending[var] -= 1
-            if self.pending[var] <= 0:
-                self.lanes.pop(var, None)
-                self.common.pop(var, None)
-
-
-def _variables(eqn: core.JaxprEqn) -> list[core.Var]:
-    """What an equation reads, without literals."""
-    return [atom for atom in eqn.invars if not isinstance(atom, core.Literal)]
-
-
-def _count(items: Iterable[Any]) -> dict[Any, int]:
-    return dict(Counter(items))
 
 
 def stack_units(done: Mapping[Unit, Any], path: str, shape: tuple[int, ...]) -> Any:
@@ -409,6 +260,3 @@ def stack_units(done: Mapping[Unit, Any], path: str, shape: tuple[int, ...]) -> 
     return jax.tree.map(
         lambda *leaves: jnp.stack(leaves).reshape(*sizes, *leaves[0].shape), *(parts[index] for index in order)
     )
-
-
-_dequantize = jax.jit(dequantize_weight)

@@ -11,10 +11,11 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.arrays._qarray import dequantize_array, quantize_array
+from jaxquant.calibration._lanes import Inputs
 from jaxquant.calibration._observe import Watch
 from jaxquant.calibration._plan import plan_walk
 from jaxquant.calibration._sequential import walk_model
-from jaxquant.calibration._walk import Inputs, Walk
+from jaxquant.calibration._walk import Walk
 from jaxquant.parameters._lazy import LazyArray
 from jaxquant.tracing._arguments import split_arguments
 from jaxquant.tracing._flat import flatten_program
