@@ -86,7 +86,10 @@ def plan_huggingface(folder: str | os.PathLike[str], *, modules: tuple[Module, .
     known = {module: line for module, line in found.items() if line is not None}
     missing = list(itertools.islice(missing_modules(table, list(known.values()), config), LISTED))
     if missing or surplus:
-        raise ValueError(f"{folder}: does not fit {config.get('model_type')}: missing {missing}, surplus {surplus}")
+        hint = "; a head that is the embedding has tie_word_embeddings: true" if missing == ["lm_head"] else ""
+        raise ValueError(
+            f"{folder}: does not fit {config.get('model_type')}: missing {missing}, surplus {surplus}{hint}"
+        )
     decode = _decoder(config, quantization)
     leaves = [
         leaf

@@ -105,7 +105,8 @@ def read_table(file: pathlib.Path) -> tuple[Module, ...]:
     """Reads a table from a JSON file.
 
     The file holds `{"base": "llama", "modules": [{"hf": ..., "path": ..., "kind": ...}, ...]}`: lines with the fields
-    of `Module`, tried before those of `base`, the table of a known `model_type`. Without one they stand alone.
+    of `Module`. They come before those of `base`, the table of a known `model_type`, and in place of those with the
+    same `hf`; without a base they stand alone.
 
     Args:
         file: the file.
@@ -128,7 +129,8 @@ def read_table(file: pathlib.Path) -> tuple[Module, ...]:
             table.append(Module(**line))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: modules[{number}] {str(line)[:120]}: {error}") from error
-    return (*table, *(TABLES[base] if base is not None else ()))
+    replaced = {line.hf for line in table}
+    return (*table, *(line for line in (TABLES[base] if base is not None else ()) if line.hf not in replaced))
 
 
 def missing_modules(

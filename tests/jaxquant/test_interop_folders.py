@@ -14,7 +14,15 @@ import safetensors.numpy
 from jaxquant.arrays._qarray import QArray, dequantize_array
 from jaxquant.arrays._qtypes import get_qtype
 from jaxquant.arrays._spec import PerTensor, PerToken, TensorSpec
-from jaxquant.interop import Module, from_qwix, load_huggingface, plan_huggingface, save_huggingface, to_qwix
+from jaxquant.interop import (
+    Module,
+    from_qwix,
+    load_huggingface,
+    plan_huggingface,
+    read_table,
+    save_huggingface,
+    to_qwix,
+)
 from jaxquant.interop._linear import make_linear
 from jaxquant.interop._words import from_storage, to_storage
 from jaxquant.interop.names import LLAMA, MIXTRAL, PHI3
@@ -274,6 +282,19 @@ def test_missing_and_surplus_modules_are_listed(tmp_path, rng):
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"surplus \['model.layers.0.mlp.extra.weight'\]"):
         load_huggingface(tmp_path)
+
+
+def test_lines_of_a_file_replace_those_of_its_base(tmp_path, rng):
+    params = random_llama(rng)
+    del params["lm_head"]
+    save_huggingface(tmp_path, params, CONFIG, format="gptq")
+    with pytest.raises(ValueError, match="has tie_word_embeddings: true"):
+        load_huggingface(tmp_path)
+    head = {"hf": "lm_head", "path": "head", "kind": "linear", "optional": True}
+    (tmp_path / "names.json").write_text(json.dumps({"base": "llama", "modules": [head]}))
+    table = read_table(tmp_path / "names.json")
+    assert [line.path for line in table if line.hf == "lm_head"] == ["head"]
+    assert_same(load_huggingface(tmp_path, modules=table)[0], params)
 
 
 @pytest.mark.parametrize(
