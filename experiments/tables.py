@@ -7,6 +7,7 @@ import pathlib
 import re
 
 from experiments.peers import RESULTS as PEERS
+from experiments.peers import SMALL_RESULTS as SMALL_PEERS
 from experiments.peers import comparison_table, flags_table, load_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,6 +38,11 @@ def calibrated_table() -> str:
 def peers_table() -> str:
     """Our recipes beside other libraries', as Markdown."""
     return comparison_table(load_rows(PEERS))
+
+
+def small_peers_table() -> str:
+    """The same on the 28M model, as Markdown."""
+    return comparison_table(load_rows(SMALL_PEERS))
 
 
 def peer_flags_table() -> str:
@@ -72,6 +78,7 @@ TABLES = {
     "quickstart": quickstart_table,
     "calibrated": calibrated_table,
     "peers": peers_table,
+    "small_peers": small_peers_table,
     "peer_flags": peer_flags_table,
 }
 

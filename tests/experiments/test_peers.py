@@ -102,10 +102,13 @@ def test_committed_results_answer_for_every_kind_of_peer():
     assert needed <= measured
 
 
-@pytest.mark.parametrize("name", peers.load_rows(peers.RESULTS))
-def test_committed_rows_are_complete(name):
-    length = np.load(peers.EMBEDDED_MODEL / "evaluation.npy").shape[1] - 1
-    found = peers.load_rows(peers.RESULTS)[name]
+COMMITTED = {path.stem: peers.load_rows(path) for path in (peers.RESULTS, peers.SMALL_RESULTS)}
+
+
+@pytest.mark.parametrize(("results", "name"), [(results, name) for results, rows in COMMITTED.items() for name in rows])
+def test_committed_rows_are_complete(results, name):
+    length = np.load(peers.EMBEDDED_MODEL / "evaluation.npy").shape[1] - 1  # both models' sequences are of one length
+    found = COMMITTED[results][name]
     assert found["side"] in ("ours", "peer")
     assert found["versions"]
     assert found["flags"]
