@@ -68,7 +68,7 @@ class GPTQ:
         x = math.sqrt(2 / self.nsamples) * inputs.reshape(-1, inputs.shape[-1]).float()
         self.H += x.T @ x
 
-    def fasterquant(self, quantizer, groupsize=128, actorder=False, static_groups=False):
+    def fasterquant(self, quantizer, groupsize=128, actorder=False, static_groups=False, damping=DAMPING):
         W, H = self.layer.weight.data.clone().float(), self.H
         columns = W.shape[1]
         dead = torch.diag(H) == 0
@@ -81,7 +81,7 @@ class GPTQ:
                 groups[-1].find_params(W[:, start : start + groupsize])
         perm = torch.argsort(torch.diag(H), descending=True) if actorder else torch.arange(columns)
         W, H = W[:, perm], H[perm][:, perm]
-        H += DAMPING * torch.mean(torch.diag(H)) * torch.eye(columns)
+        H += damping * torch.mean(torch.diag(H)) * torch.eye(columns)
         Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
         Q = torch.zeros_like(W)
         for i1 in range(0, columns, BLOCK):

@@ -195,6 +195,7 @@ BY_FORMAT = {
     "ist-gptq": (run_ist, {}, ["torch"]),
     "ist-gptq-best": (run_ist, IST_BEST, ["torch"]),
     "ist-gptq-sequential": (run_ist, {**IST_BEST, "true_sequential": True}, ["torch"]),
+    "ist-gptq-damped": (run_ist, {**IST_BEST, "damping": 0.2}, ["torch"]),
     "llmcompressor-gptq": (run_llmcompressor_gptq, {}, LLM_COMPRESSOR),
     "llmcompressor-gptq-mse": (run_llmcompressor_gptq, {"observer": "memoryless_mse"}, LLM_COMPRESSOR),
     "llmcompressor-awq": (run_llmcompressor_awq, {}, LLM_COMPRESSOR),
