@@ -156,7 +156,7 @@ def expand_grid(grid: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if grid.shape == shape:
         return grid
     spread = jax.lax.expand_dims(grid, range(1, 2 * grid.ndim, 2))
-    full = [n for size, cells in zip(shape, grid.shape, strict=True) for n in (cells, size // cells)]
+    full = [n for size, cells in zip(shape, grid.shape, strict=True) for n in (cells, size // max(cells, 1))]
     return jnp.broadcast_to(spread, full).reshape(shape)
 
 

@@ -134,7 +134,8 @@ def to_rows(x: jax.Array, q: QArray, dims: Dims) -> jax.Array:
     """An activation, or a grid of it, as [*batch, *free, K]."""
     order = contracting_order(q, dims)
     rows = jnp.transpose(x, (*dims.x_batch, *dims.x_free(x.ndim), *order))
-    return rows.reshape(*rows.shape[: rows.ndim - len(order)], -1)
+    kept = rows.ndim - len(order)
+    return rows.reshape(*rows.shape[:kept], math.prod(rows.shape[kept:]))  # of no rows at all, -1 would be nothing
 
 
 def gather_matrices(leaf: jax.Array, q: QArray, dims: Dims, columns: int) -> jax.Array:

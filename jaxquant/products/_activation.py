@@ -88,7 +88,9 @@ def quantize_activation(
     """
     values = jax.lax.stop_gradient(x).astype(jnp.float32)
     if act_scale is None:
-        scale, zero_point = find_scale(values, activation_grid(x.shape, dims, spec), spec)
+        grid = activation_grid(x.shape, dims, spec)
+        ranged = values if x.size else jnp.zeros(grid, jnp.float32)  # no rows at all have no range
+        scale, zero_point = find_scale(ranged, grid, spec)
     else:
         scale = to_x_dims(act_scale, dims, x.ndim)
         zero_point = None if act_zero_point is None else to_x_dims(act_zero_point, dims, x.ndim)

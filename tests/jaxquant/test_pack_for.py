@@ -180,6 +180,13 @@ def test_what_no_kernel_takes_stays_plain_and_explain_says_why(rng, activation):
     assert reasons["odd groups"].startswith("groups of 48 inputs")
 
 
+@pytest.mark.parametrize("preset", ["w4a16", "w4a8", "w8a8", "w8a8-tensor"])
+@pytest.mark.parametrize("target", ["h200", "plain"])
+def test_no_rows_at_all_have_no_results(activation, target, preset):
+    q = jq.pack_for(jq.quantize(activation(128, 64), jq.QuantConfig.preset(preset)), target)
+    assert jq.quantized(lambda w, x: x @ w)(q, activation(2, 0, 128)).shape == (2, 0, 64)
+
+
 def test_unknown_targets_are_named():
     with pytest.raises(ValueError, match="pack_for: target 'a100'; accepted: 'h200', 'plain'"):
         jq.pack_for({}, "a100")

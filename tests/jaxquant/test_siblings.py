@@ -119,8 +119,9 @@ def test_attention_of_flax_is_two_launches(activation, rng):
     assert np.linalg.norm(got - want) <= 4 * 2.0**-8 * np.linalg.norm(want)
 
 
-def test_siblings_of_a_scanned_layer(activation):
-    params = packed({"gate": activation(2, 128, 128), "up": activation(2, 128, 128)})
+@pytest.mark.parametrize("preset", ["w4a16", "w8a8"])
+def test_siblings_of_a_scanned_layer(activation, preset):
+    params = packed({"gate": activation(2, 128, 128), "up": activation(2, 128, 128)}, preset)
 
     def scanned(p, x):
         return jax.lax.scan(lambda x, p: (jnp.tanh(x @ p["gate"]) * (x @ p["up"]), None), x, p)[0]
