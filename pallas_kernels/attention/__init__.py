@@ -159,7 +159,10 @@ def _mosaic_gpu(call: _Call, qkv, masking: Masking) -> jax.Array:
     if kv_lengths is None and k.shape[1] != kv_tokens:
         kv_lengths = jnp.full((batch,), kv_tokens, jnp.int32)
     keys = k if scores_dtype is None else quantize_keys_mosaic_gpu(k, scores_dtype, block, kv_lengths)
-    values = v if values_dtype is None else quantize_values_mosaic_gpu(v, values_dtype, block, kv_lengths)
+    values = v
+    if values_dtype is not None:
+        by_kernel = call.config.absmax_by_kernel
+        values = quantize_values_mosaic_gpu(v, values_dtype, block, kv_lengths, absmax_by_kernel=by_kernel)
     lengths = None
     if masking.query_lengths is not None or masking.kv_lengths is not None:
         query_lengths, kv_lengths = (

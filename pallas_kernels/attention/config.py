@@ -30,6 +30,7 @@ class Config:
             ones more, and is thus of the rounded weights; for 8-bit values.
         exponentials_by_polynomial: of every 16 weights, how many are exponentials by a polynomial, to a third of a
             percent, instead of by the special function unit; for 8-bit values.
+        absmax_by_kernel: whether the values' largest magnitudes are found by a kernel, not by XLA.
     """
 
     block_kv: int = 128
@@ -39,6 +40,7 @@ class Config:
     maxima_of_three: bool = False
     sum_by_product: bool = False
     exponentials_by_polynomial: int = 0
+    absmax_by_kernel: bool = False
 
     def __post_init__(self):
         if self.block_kv not in (64, 128, 192, 256):

@@ -35,6 +35,7 @@ from pallas_kernels.attention.registers import (
 )
 
 CHUNK = 64  # tokens in registers at a time
+ABSMAX_TOKENS = 128  # of a block that looks for the largest values
 
 
 def quantize_keys_mosaic_gpu(k: jax.Array, dtype: jnp.dtype, block: int, lengths: jax.Array | None) -> Keys:
@@ -59,11 +60,13 @@ def quantize_keys_mosaic_gpu(k: jax.Array, dtype: jnp.dtype, block: int, lengths
     return Keys(*call(k, mean, _all_lengths(lengths, batch, tokens)))
 
 
-def quantize_values_mosaic_gpu(v: jax.Array, dtype: jnp.dtype, block: int, lengths: jax.Array | None) -> Values:
+def quantize_values_mosaic_gpu(
+    v: jax.Array, dtype: jnp.dtype, block: int, lengths: jax.Array | None, *, absmax_by_kernel: bool = False
+) -> Values:
     """`quantize.quantize_values` as a kernel, tokens interleaved as `registers.round_to_operand` leaves the weights."""
     batch, tokens, heads, head_dim = v.shape
     tiles = pl.cdiv(tokens, block)
-    absmax = values_absmax(v, lengths)
+    absmax = (values_absmax_mosaic_gpu if absmax_by_kernel else values_absmax)(v, lengths)
     call = plgpu.kernel(
         functools.partial(_quantize_values, block=block),
         out_type=jax.ShapeDtypeStruct((batch, heads, head_dim, tiles * block), dtype),
@@ -77,6 +80,27 @@ def quantize_values_mosaic_gpu(v: jax.Array, dtype: jnp.dtype, block: int, lengt
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     return Values(call(v, absmax, _all_lengths(lengths, batch, tokens)), absmax * (1 / LARGEST_CODE[dtype]))
+
+
+def values_absmax_mosaic_gpu(v: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """`quantize.values_absmax`, of every block of tokens by a kernel and of all of them by XLA; bits are compared."""
+    batch, tokens, heads, head_dim = v.shape
+    tiles = pl.cdiv(tokens, ABSMAX_TOKENS)
+    call = plgpu.kernel(
+        _absmax,
+        out_type=jax.ShapeDtypeStruct((batch, heads, tiles, head_dim), jnp.int32),
+        scratch_types=[
+            tiled((ABSMAX_TOKENS, head_dim), v.dtype),
+            plgpu.SMEM((head_dim,), jnp.int32),
+            plgpu.Barrier(),
+        ],
+        grid=(heads, tiles, batch),
+        grid_names=("head", "tile", "batch"),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )
+    bits = jnp.max(call(v, _all_lengths(lengths, batch, tokens)), axis=2)
+    largest = lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(jnp.isfinite(largest), jnp.maximum(largest, SMALLEST_ABSMAX), jnp.nan)
 
 
 def _all_lengths(lengths, batch: int, tokens: int):
@@ -131,6 +155,24 @@ def _quantize_values(v_ref, absmax_ref, length_ref, codes_ref, v_smem, codes_sme
         codes_smem[:, tokens] = round_to_operand(x, dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(codes_smem, codes_ref.at[batch, head, :, pl.ds(tile * block, block)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _absmax(v_ref, length_ref, largest_ref, v_smem, largest_smem, ready):
+    batch, head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
+    _copy_tile(v_ref, v_smem, ready, ABSMAX_TOKENS)
+
+    def larger(chunk, largest):
+        x = plgpu.load(v_smem.at[pl.ds(chunk * CHUNK, CHUNK)].T, layout=TILE, optimized=False).astype(jnp.float32)
+        token = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=TILE) + (tile * ABSMAX_TOKENS + chunk * CHUNK)
+        x = jnp.where(token < length_ref[batch], jnp.abs(x), 0.0)
+        return jnp.maximum(largest, jnp.max(lax.bitcast_convert_type(x, jnp.int32), axis=1))
+
+    none = plgpu.layout_cast(jnp.zeros(largest_smem.shape, jnp.int32), PER_ROW)
+    largest = lax.fori_loop(0, ABSMAX_TOKENS // CHUNK, larger, none)
+    largest_smem[...] = largest
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(largest_smem, largest_ref.at[batch, head, tile])
     plgpu.wait_smem_to_gmem(0)
 
 

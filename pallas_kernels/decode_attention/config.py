@@ -30,11 +30,14 @@ class Config:
         block: tokens of one tile.
         stages: tiles in flight of one block of threads.
         split: blocks of one cluster, which share the context of a sequence and head.
+        merge_in_tiles: whether the sums of the cluster's blocks take the place of the tiles, once all are done with
+            theirs: more blocks fit on a multiprocessor.
     """
 
     block: int = 64
     stages: int = 3
     split: int = 1
+    merge_in_tiles: bool = False
 
     def __post_init__(self):
         if self.block not in (64, 128):
@@ -43,6 +46,8 @@ class Config:
             raise ValueError(f"stages must be positive, got {self.stages}")
         if not 1 <= self.split <= LARGEST_SPLIT:
             raise ValueError(f"split must be from 1 to {LARGEST_SPLIT}, got {self.split}")
+        if self.merge_in_tiles and self.split == 1:
+            raise ValueError("merge_in_tiles needs a split of at least 2")
 
 
 def default_config(q: jax.Array, cache: Cache) -> Config:
@@ -114,11 +119,14 @@ def shared_memory(q: jax.Array, cache: Cache, config: Config) -> int:
         tiles += 4 * [2 * staged * head_dim // GROUP_SIZE]
     elif cache.bits == 8:
         tiles += 2 * [4 * staged]
+    sums = [4 * (config.split - 1) * rows * group for rows in (head_dim, STATISTIC_ROWS, STATISTIC_ROWS)]
     if cache.recent_k is not None:
         tiles = [max(sum(map(_aligned, tiles)), 2 * 2 * block * head_dim)]
         buffers += [2 * group * head_dim, 2 * group * block]
-    if others := config.split - 1:
-        buffers += [4 * others * rows * group for rows in (head_dim, STATISTIC_ROWS, STATISTIC_ROWS)]
+    if config.merge_in_tiles:
+        tiles = [max(sum(map(_aligned, tiles)), sum(map(_aligned, sums)))]
+    else:
+        buffers += sums
     barriers = 8 * (config.stages + 4)
     return sum(map(_aligned, tiles + buffers)) + barriers
 

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import nvvm
 
 from pallas_kernels._shared_memory import tiled
 from pallas_kernels.decode_attention import operand
@@ -100,22 +101,22 @@ def _scratch(plan: _Plan, operands: dict) -> dict:
         shape = list(operands[name].shape[2:])
         shape[_token_axis(name, shape)] = count
         tiles[name] = (plgpu.SMEM if plan.coded else tiled)((stages, *shape), operands[name].dtype)
-    if plan.ring:  # whose tiles take the place of the coded ones
+    in_turn = [tiles]  # what takes the same place, one after another
+    if plan.ring:
         dtype = operands["recent_k"].dtype
         recent = {"recent_k": tiled((block, head_dim), dtype), "recent_v": tiled((head_dim, block), dtype)}
         scratch |= {"recent_q": tiled((group, head_dim), dtype), "recent_p": tiled((group, block), dtype)}
         scratch |= {f"{name}_ready": plgpu.Barrier() for name in recent}
-        scratch["tiles"] = plgpu.RefUnion(tiles, recent)
-    else:
-        scratch |= tiles
+        in_turn.append(recent)
     if others:
-        scratch |= {
-            "partial": tiled((others, head_dim, group), jnp.float32),
-            "maximum": tiled((others, STATISTIC_ROWS, group), jnp.float32),
-            "total": tiled((others, STATISTIC_ROWS, group), jnp.float32),
-            "arrived": plgpu.Barrier(num_arrivals=3 * others),
-        }
-    return scratch
+        rows = {"partial": head_dim, "maximum": STATISTIC_ROWS, "total": STATISTIC_ROWS}
+        sums = {name: tiled((others, count, group), jnp.float32) for name, count in rows.items()}
+        if config.merge_in_tiles:
+            in_turn.append(sums)
+        else:
+            scratch |= sums
+        scratch["arrived"] = plgpu.Barrier(num_arrivals=3 * others)
+    return scratch | (tiles if len(in_turn) == 1 else {"tiles": plgpu.RefUnion(*in_turn)})
 
 
 def _token_axis(name: str, shape) -> int:
@@ -147,9 +148,8 @@ class _Tiles:
 
 def _kernel(plan: _Plan, refs: dict, out_ref, smem: dict):
     """One block: its share of the tokens of one sequence and key head."""
-    if plan.ring:
-        coded, recent = smem["tiles"]
-        smem = smem | coded | recent
+    for part in smem.get("tiles", ()):
+        smem = smem | part
     batch, head, rank = (lax.axis_index(name) for name in ("batch", "head", "split"))
     stages, split = plan.config.stages, plan.config.split
     tiles = _Tiles(plan, refs, batch)
@@ -207,6 +207,8 @@ def _kernel(plan: _Plan, refs: dict, out_ref, smem: dict):
     state = acc, maximum, jnp.sum(total, axis=0)
     if split == 1:
         return _store(state, out_ref.at[batch, head], smem)
+    if plan.config.merge_in_tiles:
+        _synchronize_cluster()  # the first block has read the last of its tiles
     pl.when(rank != 0)(lambda: _send(state, rank, smem))
     pl.when(rank == 0)(lambda: _store(_merge(state, smem), out_ref.at[batch, head], smem))
 
@@ -257,6 +259,12 @@ def _spread_queries(plan: _Plan, smem: dict):
 @plgpu.inline_mgpu()
 def _synchronize_warpgroup(_=None):
     mgpu.utils.warpgroup_barrier()
+
+
+@plgpu.inline_mgpu()
+def _synchronize_cluster(_=None):
+    nvvm.cluster_arrive(aligned=True)
+    nvvm.cluster_wait(aligned=True)
 
 
 def _scores(plan: _Plan, smem: dict, slot, recent: bool):

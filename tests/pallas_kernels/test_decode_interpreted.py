@@ -3,11 +3,15 @@
 The inline PTX that unpacks codes is replaced by what it must yield.
 """
 
+import collections
 import importlib
+import threading
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.experimental import io_callback
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention import Cache, Config, operand, supports
@@ -44,6 +48,16 @@ def interpreted(monkeypatch, complete_interpreter):
     monkeypatch.setattr(operand, "values_operand", values_operand)
     monkeypatch.setattr(operand, "channel_order", lambda rows, bits: channels_in_order(rows[...].T, bits))
     monkeypatch.setattr(operand, "token_order", lambda x: in_row_order(x[...][:, None])[:, 0])
+
+    meetings = collections.defaultdict(lambda: threading.Barrier(2))
+
+    def meet(head, batch):
+        meetings[int(head), int(batch)].wait(timeout=60)
+
+    def synchronize_cluster():
+        io_callback(meet, None, lax.axis_index("head"), lax.axis_index("batch"))
+
+    monkeypatch.setattr(kernel, "_synchronize_cluster", synchronize_cluster)
 
     def run(q, lengths, cache, config):
         assert supports(q, cache, config) is None
@@ -84,19 +98,19 @@ def random_cache(rng, format: str, batch: int, tokens: int, page_size: int | Non
 
 # A ring that covers all, half a tile left in it, a tile that is partly in both; more blocks than tiles.
 @pytest.mark.parametrize(
-    ("format", "lengths", "page_size", "split"),
+    ("format", "lengths", "page_size", "config"),
     [
-        ("bf16", (256, 0, 70), None, 2),
-        ("int8 with a ring", (200, 1, 97), None, 2),
-        ("int4", (161, 200, 97), 64, 2),
-        ("int2", (193, 40, 0), None, 1),
+        ("bf16", (256, 0, 70), None, Config(64, 2, 2)),
+        ("int8 with a ring", (200, 1, 97), None, Config(64, 2, 2, merge_in_tiles=True)),
+        ("int4", (161, 200, 97), 64, Config(64, 2, 2)),
+        ("int2", (193, 40, 0), None, Config(64, 2, 1)),
     ],
 )
-def test_interpreted_kernel_is_the_reference(rng, interpreted, format, lengths, page_size, split):
+def test_interpreted_kernel_is_the_reference(rng, interpreted, format, lengths, page_size, config):
     cache = random_cache(rng, format, 3, 256, page_size)
     q = jnp.asarray(rng.normal(size=(3, 6, 64)), jnp.bfloat16)
     lengths = jnp.array(lengths, jnp.int32)
-    out = interpreted(q, lengths, cache, Config(64, 2, split)).astype(jnp.float32)
+    out = interpreted(q, lengths, cache, config).astype(jnp.float32)
     expected = decode_attention_reference(q.astype(jnp.float32), lengths, cache, scale=0.125)
     # Weights, keys, values and the result are rounded to 16 bits, at worst bfloat16's 2**-9 each.
     error, norm = (np.linalg.norm(np.asarray(x), axis=(1, 2)) for x in (out - expected, expected))

@@ -1,0 +1,97 @@
+"""What a launch of the attention kernel and one of its blocks know: options, operands, shared memory, tiles."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.attention.config import ROWS, Config
+from pallas_kernels.attention.quantize import INT8
+from pallas_kernels.attention.reference import Mode, Window
+from pallas_kernels.attention.registers import MAGIC
+from pallas_kernels.attention.tiles import key_tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static part of a launch."""
+
+    mode: Mode
+    tokens: int
+    kv_tokens: int
+    heads_per_kv_head: int
+    window: Window
+    scale: float
+    config: Config
+
+    @property
+    def rows(self) -> int:
+        """Queries of a block."""
+        return self.config.warpgroups * ROWS
+
+    @property
+    def float_scores(self) -> bool:
+        """Whether Q K is computed in their own format."""
+        return self.mode.scores is None
+
+    @property
+    def float_values(self) -> bool:
+        """Whether P V is computed in V's own format."""
+        return self.mode.values is None
+
+    @property
+    def offset(self) -> float:
+        """How much larger than the products of codes the scores are."""
+        return MAGIC if self.mode.scores == INT8 else 0.0
+
+
+class Operands(NamedTuple):
+    """Arrays in global memory: no scale of what stays float, no lengths where there are none."""
+
+    q: Any
+    k: Any
+    k_scale: Any
+    v: Any
+    v_scale: Any
+    lengths: tuple
+    ones: Any  # [8, block_kv], None where weights are not summed by a product
+
+
+class Shared(NamedTuple):
+    """Shared memory and barriers of one block, in the order in which they are allocated."""
+
+    q: Any  # queries as they come, outputs as they go
+    codes: Any  # of queries, None for float scores
+    k: Any
+    v: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+    ones_ready: Any  # None where weights are not summed by a product
+
+
+class Block:
+    """What one block computes: 64 queries of one head for each consumer warpgroup."""
+
+    def __init__(self, plan: Plan, refs: Operands):
+        self.batch, self.head = lax.axis_index("batch"), lax.axis_index("head")
+        self.kv_head = lax.div(self.head, jnp.int32(plan.heads_per_kv_head))
+        # The last queries of a causal head see the most keys: longest first fills the machine best.
+        query_tile = lax.axis_size("query_tile") - 1 - lax.axis_index("query_tile")
+        self.first_query = query_tile * plan.rows
+        every = jnp.int32(plan.tokens), jnp.int32(plan.kv_tokens)
+        self.q_length, self.kv_length = (ref[self.batch] for ref in refs.lengths) if refs.lengths else every
+        block = plan.config.block_kv
+        aligned = not refs.lengths and plan.kv_tokens % block == 0
+        self.tiles = key_tiles(
+            self.first_query, plan.rows, self.q_length, self.kv_length, plan.window, block, aligned=aligned
+        )
+        self.stages = plan.config.stages
+
+    def slot(self, tile):
+        """The stage that a tile is copied to."""
+        return lax.rem(tile - self.tiles.begin, jnp.int32(self.stages))
