@@ -22,9 +22,10 @@ from pallas_kernels.attention.cases import CORRECTNESS, SPEED, Case
 from pallas_kernels.attention.quantize import E4M3, LOG2_E, quantize_values, round_to
 
 THREE = (128, 2, 3, False)
-SWEEP = {  # candidates, the most promising first: maxima of three, sum by product, exponentials by polynomial of 16
+# Candidates, the most promising first: maxima of three, sum by product, exponentials by polynomial, absmax by kernel.
+SWEEP = {
     "f16_fp8": [(*THREE, False, *more) for more in ((True, 2), (False, 0), (True, 0), (True, 4))]
-    + [(128, 2, 2, True, False, True, 2), (128, 2, 2, True, False, False, 0)],
+    + [(*THREE, False, True, 2, True), (128, 2, 2, True, False, True, 2), (128, 2, 2, True, False, False, 0)],
     "int8_fp8": [(*THREE, *more) for more in ((True, False, 0), (True, True, 2), (False, False, 0), (True, True, 0))]
     + [(128, 2, 2, True, True, False, 0), (128, 2, 2, True, True, True, 2)],
     "int8_int8": [(*THREE, True, True, 0)],

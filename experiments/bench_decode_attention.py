@@ -20,8 +20,8 @@ from pallas_kernels.decode_attention.cases import CORRECTNESS, SPEED, Case
 
 BITS = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4, "int2": 2}
 SWEEP = {
-    "int8": [(64, 2, 1), (64, 3, 1), (64, 3, 2), (64, 4, 2), (64, 4, 4), (128, 2, 1), (128, 2, 2)],
-    "int4": [(64, 2, 1), (64, 3, 1), (64, 4, 1), (64, 4, 2), (64, 6, 2), (128, 2, 1), (128, 3, 2)],
+    "int8": [(64, 2, 1), (64, 2, 4, True), (64, 3, 1), (64, 3, 2), (64, 4, 2), (64, 4, 4), (128, 2, 1), (128, 2, 2)],
+    "int4": [(64, 2, 1), (64, 4, 4, True), (64, 3, 1), (64, 4, 1), (64, 4, 2), (64, 6, 2), (128, 2, 1), (128, 3, 2)],
 }
 WINDOW = 128  # recent tokens in bfloat16
 # Weights and the result are rounded to bfloat16 (relative 2**-9 each, 2**-8 at worst) once more than the reference's.
