@@ -151,8 +151,10 @@ def dequantized(leaf: QArray | OutlierArray, folder: pathlib.Path | None = None)
     """
     if not isinstance(leaf, QArray) or leaf.layout != "plain":
         return np.asarray(dequantize(leaf))
-    whole = np.empty(leaf.shape, leaf.dtype) if folder is None else mapped_array(folder, leaf.shape, leaf.dtype)
     cut = _plan_dequantizing(leaf)
+    first = (cut.size, *np.delete(leaf.shape, cut.dim).tolist())  # slices lie side by side, each on pages of its own
+    whole = np.empty(first, leaf.dtype) if folder is None else mapped_array(folder, first, leaf.dtype)
+    whole = np.moveaxis(whole, 0, cut.dim)
     for start in cut.starts():
         whole[cut.place(start)] = _dequantize(_part_of(leaf, cut, start))
         forget_pages(whole)
