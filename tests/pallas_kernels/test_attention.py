@@ -95,8 +95,10 @@ def test_int8_scores_cost_little_beside_8_bit_weights(rng, biased):
     qkv = operands(rng, case, biased)
     ref = exact(*qkv, case)
     bound = error(exact(*qkv, case, rounded=True), ref)
-    assert error(attention(*qkv, mode="int8_fp8"), ref) < 1.06 * bound
-    assert error(attention(*qkv, mode="int8_f16"), ref) < 1.3e-2  # SageAttention's own error, per block of 128 x 64
+    # Of draws, the ratio is 1.045 +- 0.002, +- 0.007 where few channels make up the norm: seven deviations and more.
+    assert error(attention(*qkv, mode="int8_fp8"), ref) < 1.1 * bound
+    # 1.1e-2 is SageAttention's own error, per block of 128 x 64: +- 2e-4, +- 6e-4 where few channels make up the norm.
+    assert error(attention(*qkv, mode="int8_f16"), ref) < 1.55e-2
 
 
 def test_smoothing_makes_a_channel_bias_of_keys_invisible(rng):
