@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench_grouped import FORMATS, TOLERANCE, relative_error
+from experiments._grouped import FORMATS, TOLERANCE, relative_error
 from pallas_kernels.grouped_matmul import Config, grouped_matmul
 
 SIZES = (3, 0, 130, 7, 8)

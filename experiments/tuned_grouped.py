@@ -9,7 +9,7 @@ import pathlib
 
 import jax.numpy as jnp
 
-from experiments.bench_grouped import FORMATS, GROUP
+from experiments._grouped import FORMATS, GROUP
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul.cases import LAYERS
 from pallas_kernels.grouped_matmul.config import bucket

@@ -47,6 +47,8 @@ def packed_matmul(
 ) -> list[jax.Array]:
     """Multiply as `int4_matmul_many` does, weights whose codes are of a format of `FORMATS`."""
     weights = [Int4Weight(*weight) for weight in weights]
+    if not weights:
+        raise ValueError("int4_matmul_many: weights is empty; it takes one or more")
     for weight in weights:
         _check(x, *weight, FORMATS[qtype].tile_k)
     if len({(w.scale.shape[0], w.scale.dtype, w.zero_point is None) for w in weights}) != 1:

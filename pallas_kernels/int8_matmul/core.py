@@ -135,6 +135,8 @@ def _check(x, weight: Int8Weight, x_scale, x_zero_point):
 
 def _check_alike(weights: Sequence[Int8Weight]):
     """Refuse weights that one launch cannot take together."""
+    if not weights:
+        raise ValueError("int8_matmul_many: weights is empty; it takes one or more")
     if len({(w.weight.dtype, w.weight.shape[1], w.blocked, w.bias is None) for w in weights}) != 1:
         raise ValueError("int8_matmul_many: the weights differ in dtype, K, blocked scales, or in having a bias or not")
     if len(weights) > 1 and weights[0].blocked:

@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import tuned_grouped
-from experiments.bench_grouped import FORMATS, LAYERS, TOLERANCE, candidates, group_sizes, relative_error
+from experiments._grouped import FORMATS, TOLERANCE, group_sizes, relative_error
+from experiments.bench_grouped import LAYERS, candidates
 from pallas_kernels.grouped_matmul import Config, config, default_config, grouped_matmul, supports
 
 

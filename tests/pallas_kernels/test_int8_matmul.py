@@ -268,6 +268,8 @@ def test_several_weights_that_are_not_alike_are_refused(rng):
     x, scales = jnp.asarray(plain["x"]), [jnp.asarray(o["x_scale"]) for o in (plain, blocks)]
     with pytest.raises(ValueError, match="differ in dtype, K, blocked scales"):
         int8_matmul_many(x, [one, other], scales[0])
+    with pytest.raises(ValueError, match="weights is empty"):
+        int8_matmul_many(x, [], scales[0])
     with pytest.raises(NotImplementedError, match="blocked scales; multiply by one weight after another"):
         int8_matmul_many(x, [other, other], scales[1])
 
