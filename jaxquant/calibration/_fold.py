@@ -1,6 +1,8 @@
 """`fold_pre_scale`: input scales moved into the norm or linear layer before, where the traced program allows it."""
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +14,14 @@ from jax.extend import core
 from jaxquant.arrays._outliers import OutlierArray
 from jaxquant.arrays._qarray import QArray
 from jaxquant.arrays._views import common_factors
+from jaxquant.calibration._fold_uses import Index, Use, find_uses
 from jaxquant.parameters._tree import is_quantized, map_named, named_leaves
 from jaxquant.tracing._arguments import split_arguments
 from jaxquant.tracing._control import aval
 from jaxquant.tracing._flat import flatten_program
-from jaxquant.tracing._interpreter import Frame
-from jaxquant.tracing._tracking import Meeting, Tracked, Tracker, track
 
-Found = list[tuple[str, np.ndarray]]  # parameters, and what to multiply each by
+Part = tuple[str, Index]  # a parameter, or one layer of a stack
+Found = list[tuple[Part, np.ndarray]]  # parts, and what to multiply each by, in the parameter's rank
 
 UNCHANGED = ("convert_element_type", "copy", "stop_gradient", "optimization_barrier", "neg", "sharding_constraint")
 
@@ -29,8 +31,8 @@ def fold_pre_scale(apply_fn: Callable[..., Any], qparams: Any, *args: Any) -> An
 
     An input scale stays where it is unless every reader of the input has the same one, and the input is a product or
     sum of parameters' outputs that nothing else reads: then multiplying those parameters by it gives the same inputs,
-    but for the rounding of the parameters' own dtype. What cannot be shown so, and what lies in a stack of layers that
-    a scan goes over, is left.
+    but for the rounding of the parameters' own dtype. What cannot be shown so is left. A stack of layers that a scan
+    goes over loses its input scales if every layer can.
 
     Args:
         apply_fn: the float model, called `apply_fn(params, *args)`.
@@ -63,73 +65,13 @@ def fold_pre_scale(apply_fn: Callable[..., Any], qparams: Any, *args: Any) -> An
     )
     form, arrays = split_arguments((abstract, *args), {})
     flat = flatten_program(apply_fn, form, arrays, scaled)
-    found, folded = Folder(flat.jaxpr, form.parameters, leaves).run(_uses(flat, form.parameters, scaled))
+    found, folded = Folder(flat.jaxpr, form.parameters, leaves).run(find_uses(flat, form.parameters, scaled))
     return map_named(lambda path, leaf: _apply(leaf, found.get(path), path in folded), qparams)
 
 
 def _pre_scale(leaf: Any) -> jax.Array | None:
     """What can be folded away; rows in float beside a base multiply the input as it comes."""
     return leaf.pre_scale if isinstance(leaf, QArray) and leaf.layout == "plain" else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """A product of an input with a scaled weight.
-
-    Attributes:
-        path: the weight.
-        eqn: the product.
-        var: its input.
-        dims: own dimension of the weight for each dimension of the input that is summed over; None where the weight is
-            used in another way.
-    """
-
-    path: str
-    eqn: core.JaxprEqn | None
-    var: core.Var | None
-    dims: Mapping[int, int] | None
-
-
-class Listener(Tracker):
-    """Writes down how scaled weights are used."""
-
-    def __init__(self) -> None:
-        """Starts with no use."""
-        self.uses: list[Use] = []
-
-    def product(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array, meeting: Meeting) -> None:
-        """A product; of a whole weight, if it can be folded."""
-        var = eqn.invars[1 - meeting.place]
-        owns = [value.dims[d] for d in meeting.w_contract]
-        plain = not (value.picked or meeting.w_batch) and all(len(own) == 1 for own in owns)
-        dims = {x: own[0] for x, own in zip(meeting.x_contract, owns, strict=True)} if plain else None
-        self.uses.append(Use(value.path, eqn, None if isinstance(var, core.Literal) else var, dims))
-
-    def ragged(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array, sizes: jax.Array) -> None:
-        """Experts keep their scales."""
-        self.uses.append(Use(value.path, None, None, None))
-
-    def convolution(self, frame: Frame, eqn: core.JaxprEqn, value: Tracked, x: jax.Array) -> None:
-        """So does a kernel."""
-        self.uses.append(Use(value.path, None, None, None))
-
-    def lower(self, value: Tracked, eqn: core.JaxprEqn, frame: Frame, reason: str) -> jax.Array:
-        """A use that is no product, unless it is one's operand."""
-        if eqn.primitive.name not in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
-            self.uses.append(Use(value.path, None, None, None))
-        return value.array
-
-
-def _uses(flat: core.ClosedJaxpr, paths: Sequence[str | None], scaled: set[str]) -> list[Use]:
-    listener = Listener()
-
-    def trace(arrays: list) -> list:
-        names = [path if path in scaled else None for path in paths]
-        outs, _ = listener.run(flat, [track(array, path) for array, path in zip(arrays, names, strict=True)])
-        return [out.array if isinstance(out, Tracked) else out for out in outs]
-
-    jax.eval_shape(trace, [jax.ShapeDtypeStruct(aval(var).shape, aval(var).dtype) for var in flat.jaxpr.invars])
-    return listener.uses
 
 
 class Folder:
@@ -140,6 +82,7 @@ class Folder:
         self.leaves = leaves
         self.parameters = {var: path for var, path in zip(body.invars, paths, strict=True) if path is not None}
         self.makers = {var: eqn for eqn in body.eqns for var in eqn.outvars}
+        self.equations = {id(eqn): eqn for eqn in body.eqns}
         self.readers: dict[core.Var, list[int]] = {}
         for eqn in body.eqns:
             for atom in eqn.invars:
@@ -151,22 +94,35 @@ class Folder:
 
     def run(self, uses: Sequence[Use]) -> tuple[dict[str, np.ndarray], set[str]]:
         """(what to multiply each parameter by, the weights that lose their scale)."""
-        once = [use for use in uses if use.dims is not None and [u.path for u in uses].count(use.path) == 1]
+        parts = Counter((use.path, use.index) for use in uses)
         by_input: dict[core.Var, list[Use]] = {}
-        for use in once:
-            if use.var is not None:
+        for use in uses:
+            if use.dims is not None and use.var is not None and parts[use.path, use.index] == 1:
                 by_input.setdefault(use.var, []).append(use)
-        found: dict[str, np.ndarray] = {}
-        folded: set[str] = set()
+        moves: list[tuple[Found, list[Part]]] = []
         for var, some in by_input.items():
-            factors = [_factor(_pre_scale(self.leaves[use.path]), use.dims, aval(var).ndim) for use in some]
+            scales = [_layer(_pre_scale(self.leaves[use.path]), use.index) for use in some]
+            factors = [_factor(scale, use.dims, aval(var).ndim) for scale, use in zip(scales, some, strict=True)]
             alike = all(np.array_equal(factor, factors[0]) for factor in factors)
             if alike and sorted(self.readers[var]) == sorted(id(use.eqn) for use in some):
-                taken = self.absorb(var, factors[0])
-                if taken is not None and not any(path in found for path, _ in taken):
-                    found.update(taken)
-                    folded |= {use.path for use in some}
-        return found, folded
+                taken, held = self.absorb(var, factors[0]), {part for found, _ in moves for part, _ in found}
+                if taken is not None and not any(part in held for part, _ in taken):
+                    moves.append((taken, [(use.path, use.index) for use in some]))
+        return self.gather(moves)
+
+    def gather(self, moves: list[tuple[Found, list[Part]]]) -> tuple[dict[str, np.ndarray], set[str]]:
+        """The same from moves of single layers, without those of stacks that keep some of their scales."""
+
+        def whole(path: str) -> bool:
+            folded = [index for _, parts in moves for name, index in parts if name == path]
+            return len(folded) == math.prod(self.leaves[path].shape[own] for own, _ in folded[0])
+
+        while any(odd := [not all(whole(path) for path, _ in parts) for _, parts in moves]):
+            moves = [move for move, left in zip(moves, odd, strict=True) if not left]
+        found: dict[str, np.ndarray] = {}
+        for (path, index), factor in (each for taken, _ in moves for each in taken):
+            found[path] = _placed(found.get(path), factor, index, self.leaves[path].shape)
+        return found, {path for _, parts in moves for path, _ in parts}
 
     def absorb(self, var: core.Var | core.Literal, factor: np.ndarray) -> Found | None:
         """The parameters to multiply so that a variable is multiplied by a factor of its rank; None if none will do."""
@@ -174,7 +130,7 @@ class Folder:
             return None
         if var in self.parameters:
             path = self.parameters[var]
-            return [(path, factor)] if _takes(self.leaves[path], factor) else None
+            return [((path, ()), factor)] if _takes(self.leaves[path], factor) else None
         eqn = self.makers.get(var)
         if eqn is None:
             return None
@@ -183,6 +139,8 @@ class Folder:
             return self.absorb_alone(operands[0], factor)
         if name in ("reshape", "squeeze", "expand_dims"):
             return self.absorb_alone(operands[0], _unreshape(factor, aval(operands[0]).shape, aval(var).shape))
+        if name == "slice":
+            return self.absorb_layer(eqn, factor)
         if name == "transpose":
             return self.absorb_alone(operands[0], factor.transpose(np.argsort(eqn.params["permutation"])))
         if name == "broadcast_in_dim":
@@ -200,6 +158,17 @@ class Folder:
         if isinstance(var, core.Literal) or len(self.readers[var]) > 1:
             return None
         return self.absorb(var, factor)
+
+    def absorb_layer(self, eqn: core.JaxprEqn, factor: np.ndarray) -> Found | None:
+        """The same for one layer of a stack, if the program takes nothing of it but single layers, each once."""
+        stack = eqn.invars[0]
+        if isinstance(stack, core.Literal) or stack not in self.parameters:
+            return None
+        path, picks = self.parameters[stack], [_pick(self.equations.get(n)) for n in self.readers[stack]]
+        own = _pick(eqn)
+        if own is None or None in picks or len(set(picks)) < len(picks) or not _takes(self.leaves[path], factor):
+            return None
+        return [((path, (own,)), factor)]
 
     def absorb_spread(self, var: core.Var | core.Literal, factor: np.ndarray, dims: Sequence[int]) -> Found | None:
         """The same for what is broadcast: the factor must not vary along new dimensions."""
@@ -228,6 +197,36 @@ class Folder:
                     sizes[d] = size
                 return self.absorb_alone(var, inner.transpose(np.argsort(order)).reshape(sizes))
         return None
+
+
+def _pick(eqn: core.JaxprEqn | None) -> tuple[int, int] | None:
+    """(dimension, negative, and index) of an equation that takes one layer of a stack; None for any other."""
+    if eqn is None or eqn.primitive.name != "slice":
+        return None
+    before, after = aval(eqn.invars[0]).shape, aval(eqn.outvars[0]).shape
+    cut = [d for d, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+    if len(cut) != 1 or after[cut[0]] != 1:
+        return None
+    return cut[0] - len(before), eqn.params["start_indices"][cut[0]]
+
+
+def _placed(held: np.ndarray | None, factor: np.ndarray, index: Index, shape: Sequence[int]) -> np.ndarray:
+    """The factors of a parameter with those of one layer of it, or of the whole, put in."""
+    picked, dims = dict(index), range(-factor.ndim, 0)
+    sizes = tuple(shape[d] if d in picked else n for d, n in zip(dims, factor.shape, strict=True))
+    held = np.ones(sizes, np.float32) if held is None else held
+    whole = np.broadcast_to(held, np.broadcast_shapes(held.shape, sizes)).copy()
+    whole[tuple(slice(picked[d], picked[d] + 1) if d in picked else slice(None) for d in dims)] = factor
+    return whole
+
+
+def _layer(scale: jax.Array | None, index: Index) -> jax.Array | None:
+    """The input scale of one layer, its rank kept."""
+    if scale is None:
+        return None
+    for own, at in index:
+        scale = jax.lax.slice_in_dim(scale, at, at + 1, axis=scale.ndim + own)
+    return scale
 
 
 def _factor(scale: jax.Array | None, dims: Mapping[int, int] | None, rank: int) -> np.ndarray:

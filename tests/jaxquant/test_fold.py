@@ -96,14 +96,47 @@ def test_what_is_not_exact_stays(rng):
 
     assert left(jq.fold_pre_scale(grouped, scaled(rng, params, ("o",)), x)) == {"o"}
 
-    def stacked(p, x):
+
+def stack_of(rng, layers=3):
+    """Parameters of layers in front of each other, and their quantized form with input scales."""
+    made = [make(rng) for _ in range(layers)]
+    quantized = [scaled(rng, params, ALL) for params in made]
+    return tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *some) for some in (made, quantized))
+
+
+def scanned(p, x):
+    return jax.lax.scan(lambda x, p: (layer(p, x), None), x, p)[0]
+
+
+def test_a_stack_under_a_scan_folds_layer_by_layer(rng):
+    (params, q), x = stack_of(rng), normal(rng, 2, 5, WIDTH)
+    folded = jq.fold_pre_scale(scanned, q, x)
+    assert left(folded) == set()
+    assert jax.tree.structure(jq.dequantize(folded)) == jax.tree.structure(params)
+    for number in range(3):  # each layer as it would be alone
+        alone = jq.fold_pre_scale(layer, jax.tree.map(lambda leaf, n=number: leaf[n], q), x)
+        one = jax.tree.map(lambda leaf, n=number: leaf[n], folded)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=4 * EPS), one, alone)
+
+
+def test_a_stack_keeps_its_scales_where_one_layer_must(rng):
+    (_, q), x = stack_of(rng), normal(rng, 2, 5, WIDTH)
+    odd = dataclasses.replace(q["k"], pre_scale=q["k"].pre_scale.at[1].mul(2.0))  # q, k and v read one input
+    assert left(jq.fold_pre_scale(scanned, q | {"k": odd}, x)) == {"q", "k", "v"}
+
+    def read_again(p, x):  # a norm's scale that is read elsewhere as a whole
+        return scanned(p, x) + jnp.sum(p["norm2"])
+
+    assert left(jq.fold_pre_scale(read_again, q, x)) == {"gate", "up"}
+
+    def plain(p, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
 
     stack = jq.quantize(
         {"w": normal(rng, 3, WIDTH, WIDTH)}, jq.QuantConfig(jq.QuantSpec(jq.TensorSpec("int8")), skip=())
     )
     stack["w"] = dataclasses.replace(stack["w"], pre_scale=jnp.ones((3, WIDTH, 1)))
-    assert left(jq.fold_pre_scale(stacked, stack, x)) == {"w"}
+    assert left(jq.fold_pre_scale(plain, stack, x)) == {"w"}
 
 
 def test_a_tree_without_scales_is_itself(rng):
