@@ -88,7 +88,7 @@ def open_source(path: str | os.PathLike[str], *, modules: tuple[Module, ...] | N
         tree: dict[str, Any] = {}
         for number, leaf in enumerate(plan.leaves):
             insert(tree, leaf.path, number)
-        mark = _fingerprint(folder, "*.safetensors", "*.json")
+        mark = _fingerprint(folder, "*.safetensors", "*.json", paths=[leaf.path for leaf in plan.leaves])
         return Source("huggingface", _skeleton(tree), plan.leaves, mark, None, plan.config, plan.quantization, folder)
     for candidate in (folder, folder / "default"):
         if (candidate / "_METADATA").is_file():
@@ -262,8 +262,8 @@ def _skeleton(tree: Any) -> Any:
     return {"leaf": tree}
 
 
-def _fingerprint(folder: pathlib.Path, *patterns: str) -> str:
-    """Changes when a file of the folder does."""
+def _fingerprint(folder: pathlib.Path, *patterns: str, paths: Sequence[str] = ()) -> str:
+    """Changes when a file of the folder does, or the paths of what is in them."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     marks = [f"{file.relative_to(folder)} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    return hashlib.sha256("\n".join([str(folder), *marks]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([str(folder), *marks, *paths]).encode()).hexdigest()
