@@ -5,7 +5,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import textwrap
 import types
 
 import jax
@@ -49,14 +48,7 @@ def random_params(rng, dtype=np.float32):
     return params
 
 
-def assert_same(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype, path
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
-
-
-def test_a_float_folder_quantized_on_the_way(tmp_path, rng):
+def test_a_float_folder_quantized_on_the_way(tmp_path, rng, assert_same):
     params, seen = random_params(rng), []
     save_huggingface(tmp_path / "hf", params, CONFIG, format="float")
     convert(tmp_path / "hf", tmp_path / "out", W4, progress=lambda *row: seen.append(row))
@@ -71,7 +63,7 @@ def test_a_float_folder_quantized_on_the_way(tmp_path, rng):
 
 
 @pytest.mark.parametrize("preset", ["w3a16-asym", "w8a8-tensor"])
-def test_slices_give_the_same_codes(tmp_path, rng, monkeypatch, preset):
+def test_slices_give_the_same_codes(tmp_path, rng, monkeypatch, preset, assert_same):
     config = QuantConfig.preset(preset, group_size=32 if preset.startswith("w3") else None)
     params = random_params(rng)
     save(tmp_path / "float", params)
@@ -80,7 +72,7 @@ def test_slices_give_the_same_codes(tmp_path, rng, monkeypatch, preset):
     assert_same(load(tmp_path / "out"), quantize(params, config))
 
 
-def test_rules_are_of_the_whole_model(tmp_path, rng):
+def test_rules_are_of_the_whole_model(tmp_path, rng, assert_same):
     params = random_params(rng)
     save(tmp_path / "float", params)
     rules = (Rule(r"layers_0/.*", None), Rule(r".*/down_proj/kernel", QuantConfig.preset("w8a16").default))
@@ -98,7 +90,7 @@ class Model(nnx.Module):
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
 
 
-def test_our_checkpoints_keep_their_types(tmp_path):
+def test_our_checkpoints_keep_their_types(tmp_path, assert_same):
     state = nnx.state(Model(nnx.Rngs(0)))
     save(tmp_path / "float", (state, {1: None}))
     convert(tmp_path / "float", tmp_path / "out", W4)
@@ -111,7 +103,7 @@ def test_our_checkpoints_keep_their_types(tmp_path):
     assert_same(again, restored[0]["layers"][0]["kernel"].get_raw_value())
 
 
-def test_orbax_checkpoints_of_linen_and_nnx(tmp_path, rng):
+def test_orbax_checkpoints_of_linen_and_nnx(tmp_path, rng, assert_same):
     params = random_params(rng)
     tree = {"params": params, "step": np.int32(3), "none": None, "list": [np.ones(2, np.float32), {}]}
     with ocp.StandardCheckpointer() as checkpointer:
@@ -136,7 +128,7 @@ def test_orbax_checkpoints_of_linen_and_nnx(tmp_path, rng):
     assert [path for path, row in compared.items() if row.sqnr < np.inf] == ["layers/1/kernel"]
 
 
-def test_only_arrays_alone_in_a_box_are_taken_out(tmp_path):
+def test_only_arrays_alone_in_a_box_are_taken_out(tmp_path, assert_same):
     array = np.arange(3, dtype=np.float32)
     tree = {
         "attention": {"value": {"kernel": array}, "key": {"value": array + 1}},
@@ -182,7 +174,7 @@ def test_steps_of_a_manager_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["gptq", "awq", "compressed-tensors"])
-def test_import_and_export_of_quantized_folders(tmp_path, rng, monkeypatch, format):
+def test_import_and_export_of_quantized_folders(tmp_path, rng, monkeypatch, format, assert_same):
     monkeypatch.setattr(jaxquant.interop.huggingface_write, "FILE_BYTES", 10_000)  # several files
     params = quantize(random_params(rng, np.float16), QuantConfig.preset("w4a16-asym", group_size=32))
     for layer in range(LAYERS):  # version 1 of GPTQ has no zero point of 0
@@ -230,7 +222,7 @@ TOKENIZER = {
 }
 
 
-def test_the_tokenizer_goes_with_the_model(tmp_path, rng):
+def test_the_tokenizer_goes_with_the_model(tmp_path, rng, assert_same):
     params = random_params(rng)
     save_huggingface(tmp_path / "hf", params, CONFIG, format="float")
     for name, content in (TOKENIZER | {"tokenizer.py": b"code", "notes": b""}).items():
@@ -255,12 +247,6 @@ def test_the_tokenizer_goes_with_the_model(tmp_path, rng):
     assert not (tmp_path / "big").exists()
 
 
-def run_python(script, *args):
-    env = {"PATH": "", "PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
-    return subprocess.run(command, env=env, timeout=120, check=False, stdout=subprocess.PIPE)
-
-
 KILLED = """
     import os, sys
     import jaxquant.storage._journal
@@ -281,7 +267,7 @@ KILLED = """
 """
 
 
-def test_a_killed_conversion_leaves_nothing_and_goes_on(tmp_path, rng, monkeypatch):
+def test_a_killed_conversion_leaves_nothing_and_goes_on(tmp_path, rng, monkeypatch, assert_same, run_python):
     params = random_params(rng)
     save_huggingface(tmp_path / "hf", params, CONFIG, format="float")
     assert run_python(KILLED, tmp_path / "hf", tmp_path / "out", 7).returncode == 9
@@ -298,7 +284,7 @@ def test_a_killed_conversion_leaves_nothing_and_goes_on(tmp_path, rng, monkeypat
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
 
 
-def test_a_journal_of_something_else_or_cut_short_is_not_trusted(tmp_path, rng, monkeypatch):
+def test_a_journal_of_something_else_or_cut_short_is_not_trusted(tmp_path, rng, monkeypatch, assert_same):
     params = random_params(rng)
     save(tmp_path / "float", params)
     monkeypatch.setattr(jaxquant.storage._journal, "FLUSH_BYTES", 1)
@@ -322,7 +308,7 @@ def test_a_journal_of_something_else_or_cut_short_is_not_trusted(tmp_path, rng, 
     assert_same(load(tmp_path / "out"), quantize(params, W4))
 
 
-def test_overwriting(tmp_path, rng):
+def test_overwriting(tmp_path, rng, assert_same):
     params = random_params(rng)
     save(tmp_path / "float", params)
     save(tmp_path / "out", {"old": np.ones(2)})
@@ -353,7 +339,7 @@ MEASURED = """
 """
 
 
-def test_memory_is_bounded_by_a_leaf(tmp_path):
+def test_memory_is_bounded_by_a_leaf(tmp_path, run_python):
     """Four leaves of 64 MB: above the base stay two leaves and the buffers, however many leaves there are."""
     rows, columns, count = 4096, 4096, 4
     block = np.zeros((columns, rows), np.float32)
@@ -412,7 +398,7 @@ def test_diff_is_the_sqnr_of_each_leaf(tmp_path, rng, capsys):
     assert f"more  only in {tmp_path / 'c'}" in printed
 
 
-def test_the_command_converts_and_exports(tmp_path, rng):
+def test_the_command_converts_and_exports(tmp_path, rng, assert_same):
     params = random_params(rng)
     save_huggingface(tmp_path / "hf", params, CONFIG, format="float")
     rules = tmp_path / "rules.json"
@@ -428,7 +414,7 @@ def test_the_command_converts_and_exports(tmp_path, rng):
     assert_same(load_huggingface(tmp_path / "ct")[0], load(tmp_path / "out"))
 
 
-def test_a_table_of_names_in_a_file(tmp_path, rng, capsys):
+def test_a_table_of_names_in_a_file(tmp_path, rng, capsys, assert_same):
     """Names of the user's own: fused projections, experts, and lines before those of a known architecture."""
     table = {
         "base": "llama",
@@ -461,7 +447,7 @@ def test_a_table_of_names_in_a_file(tmp_path, rng, capsys):
     assert_same(load_huggingface(tmp_path / "back", modules=read_table(tmp_path / "names.json"))[0], params)
 
 
-def test_a_quantized_checkpoint_as_float(tmp_path, rng, monkeypatch):
+def test_a_quantized_checkpoint_as_float(tmp_path, rng, monkeypatch, assert_same):
     monkeypatch.setattr(jaxquant._slices, "SLICE_BYTES", D * H)
     params = quantize(random_params(rng), QuantConfig.preset("w4a16-asym", group_size=32))
     save(tmp_path / "ours", params)
@@ -488,9 +474,9 @@ def test_the_command_calibrates(tmp_path, rng, monkeypatch):
     module.make = lambda config: apply_mlp if config == CONFIG else None
     monkeypatch.setitem(sys.modules, "mine", module)
     command = ["convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--recipe", "w8a16"]
-    calibration = ["--calibrate", str(tmp_path / "tokens.npy"), "--model", "mine:make"]
+    calibration = ["--calibrate", str(tmp_path / "tokens.npy"), "--model", "mine:make", "--algorithm", "smoothquant"]
     assert main([*command, *calibration]) == 0
-    assert read_manifest(tmp_path / "out").algorithm == "gptq"
+    assert read_manifest(tmp_path / "out").algorithm == "smoothquant"
     assert read_manifest(tmp_path / "out").huggingface == CONFIG
     rounded = quantize(params, QuantConfig.preset("w8a16"))
     kernel = load(tmp_path / "out")["layers_1"]["mlp"]["up_proj"]["kernel"]
@@ -498,7 +484,7 @@ def test_the_command_calibrates(tmp_path, rng, monkeypatch):
     assert (np.asarray(kernel.qvalue) != np.asarray(rounded["layers_1"]["mlp"]["up_proj"]["kernel"].qvalue)).any()
 
 
-def test_a_killed_calibration_goes_on(tmp_path, rng, monkeypatch):
+def test_a_killed_calibration_goes_on(tmp_path, rng, monkeypatch, assert_same):
     params = random_params(rng)
     save(tmp_path / "float", params)
     config = QuantConfig.preset("w8a16", algorithm=gptq())
@@ -594,6 +580,6 @@ def test_errors_of_the_command(tmp_path, monkeypatch, capsys, command, message):
 
 def test_python_dash_m():
     done = subprocess.run(
-        [sys.executable, "-m", "jaxquant", "--help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-m", "jaxquant", "--help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=900
     )
     assert "convert" in done.stdout
