@@ -169,7 +169,7 @@ def hadamard(size: int) -> jax.Array:
 
 def attention_rows(model: Decoder, params, tokens: jax.Array) -> list[dict]:
     """KL of every mode of `jq.attention` in all layers, the cosine of each layer, and the chosen modes."""
-    modes = ("int8_fp8", "int8_f16", "fp8", "int8_int8")
+    modes = ("int8_fp8", "int8_f16", "fp8", "int8_int8", "f16_fp8")
 
     def run(params, inputs, attention):
         return model.clone(implementation=attention).forward(params, inputs)

@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.quantize import INT8
+from pallas_kernels.attention.quantize import E4M3, INT8
 from pallas_kernels.attention.reference import MODES, Masking, Mode
 
 SHARED_MEMORY_BYTES = 232_448
 ROWS = 64  # queries of one warpgroup: the rows of a wgmma
 HEAD_DIMS = (64, 128)
-SUM_CHANNELS = 8  # of ones beside the values': the least that a product has columns
+SUM_CHANNELS = {E4M3: 8, INT8: 16}  # of ones beside the values': what wgmma takes beyond 64 or 128 columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,5 +108,5 @@ def shared_memory(head_dim: int, float_bytes: int, mode: Mode, config: Config) -
     query_bytes = float_bytes if mode.scores is None else float_bytes + 1  # as they come, and their codes
     tile_bytes = sum(float_bytes if dtype is None else 1 for dtype in mode)
     staged = config.stages * config.block_kv
-    ones = SUM_CHANNELS * staged if config.sum_by_product else 0
+    ones = SUM_CHANNELS[mode.values] * staged if config.sum_by_product and mode.values is not None else 0
     return head_dim * (config.warpgroups * ROWS * query_bytes + staged * tile_bytes) + ones + 1024

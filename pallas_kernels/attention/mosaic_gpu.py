@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._shared_memory import tiled
-from pallas_kernels.attention.config import ROWS, SUM_CHANNELS, Config
+from pallas_kernels.attention.config import ROWS, Config
 from pallas_kernels.attention.plan import Block, Operands, Plan, Shared
 from pallas_kernels.attention.quantize import LOG2_E, Keys, Values
 from pallas_kernels.attention.reference import MODES, Window
@@ -75,7 +75,7 @@ def quantized_attention(
     v, v_scale = values if isinstance(values, Values) else (values, None)
     kv_heads = k.shape[2 if k_scale is None else 1]
     plan = Plan(MODES[mode], tokens, kv_tokens, heads // kv_heads, window, scale, config)
-    ones = jnp.ones((SUM_CHANNELS, config.block_kv), v.dtype) if config.sum_by_product else None
+    ones = jnp.ones((plan.sum_channels, config.block_kv), v.dtype) if config.sum_by_product else None
     call = plgpu.kernel(
         lambda operands, out, *scratch: _kernel(plan, operands, out, Shared(*scratch)),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -94,7 +94,7 @@ def _scratch(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array) -> Shared:
     config, head_dim = plan.config, q.shape[3]
     groups, block, stages = config.warpgroups, config.block_kv, config.stages
     barriers = functools.partial(plgpu.Barrier, num_barriers=stages)
-    channels = head_dim + (SUM_CHANNELS if config.sum_by_product else 0)
+    channels = head_dim + plan.sum_channels
     return Shared(
         q=tiled((groups, ROWS, head_dim), q.dtype),
         codes=None if plan.float_scores else tiled((groups, ROWS, head_dim), k.dtype),
@@ -162,11 +162,9 @@ def _attend(plan: Plan, refs: Operands, out_ref, smem: Shared, block: Block, gro
         return acc, maximum, total
 
     head_dim = rows.shape[1]
-    channels = head_dim
     if config.sum_by_product:
-        channels += SUM_CHANNELS
         plgpu.barrier_wait(smem.ones_ready)
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, channels), jnp.float32), TILE)
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim + plan.sum_channels), jnp.float32), TILE)
     acc, _, total = lax.fori_loop(tiles.begin, tiles.end, step, (acc, _per_row(LOWEST_MAXIMUM), _per_row(0.0)))
     acc, total = split_columns(acc, head_dim) if config.sum_by_product else (acc, sum_of_parts(total))
     if config.ping_pong:
@@ -189,7 +187,7 @@ def _copy_tiles(plan: Plan, refs: Operands, smem: Shared, block: Block):
     config, tiles = plan.config, block.tiles
     if config.sum_by_product:
         for stage in range(config.stages):
-            ones = smem.v.at[stage, pl.ds(refs.v.shape[2], SUM_CHANNELS)]
+            ones = smem.v.at[stage, pl.ds(refs.v.shape[2], plan.sum_channels)]
             plgpu.copy_gmem_to_smem(refs.ones, ones, smem.ones_ready)
 
     @pl.loop(tiles.begin, tiles.end)

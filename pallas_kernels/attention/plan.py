@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention.config import ROWS, Config
+from pallas_kernels.attention.config import ROWS, SUM_CHANNELS, Config
 from pallas_kernels.attention.quantize import INT8
 from pallas_kernels.attention.reference import Mode, Window
 from pallas_kernels.attention.registers import MAGIC
@@ -41,6 +41,12 @@ class Plan:
         return self.mode.values is None
 
     @property
+    def sum_channels(self) -> int:
+        """Channels of ones behind those of the values."""
+        values = self.mode.values
+        return 0 if values is None or not self.config.sum_by_product else SUM_CHANNELS[values]
+
+    @property
     def offset(self) -> float:
         """How much larger than the products of codes the scores are."""
         return MAGIC if self.mode.scores == INT8 else 0.0
@@ -55,7 +61,7 @@ class Operands(NamedTuple):
     v: Any
     v_scale: Any
     lengths: tuple
-    ones: Any  # [8, block_kv], None where weights are not summed by a product
+    ones: Any  # [sum_channels, block_kv], None where weights are not summed by a product
 
 
 class Shared(NamedTuple):

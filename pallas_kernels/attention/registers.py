@@ -140,7 +140,7 @@ def sum_of_own_columns(x):
 
 
 def split_columns(x, columns: int):
-    """The first `columns` of x [rows, columns + 8], and as [rows] the one behind them, which the 8 last all are."""
+    """The first `columns` of x [rows, more], and as [rows] the one behind them, which the others are too."""
     shapes = (x.shape[0], columns), x.shape[:1]
 
     @plgpu.inline_mgpu(
@@ -153,7 +153,7 @@ def split_columns(x, columns: int):
     def split(ctx, x):
         first, last = np.split(x.registers, [columns // QUAD_COLUMNS], axis=1)
         first = fa.FragmentedArray(_registers=first, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
-        return first, _per_row([_scalar(register) for register in last.flat])
+        return first, _per_row([_scalar(register) for register in last[:, :1].flat])
 
     return split(x)  # pyright: ignore[reportCallIssue]
 

@@ -3,25 +3,26 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels._aot import compile_for_h200
-from pallas_kernels.decode_attention import Cache, decode_attention, default_config
+from pallas_kernels.decode_attention import Cache, Config, decode_attention, default_config
 from pallas_kernels.decode_attention.config import shared_memory
 
 pytestmark = pytest.mark.aot
 
 
 @pytest.mark.parametrize(
-    ("format", "batch", "heads", "kv_heads", "tokens", "head_dim", "page_size"),
+    ("format", "batch", "heads", "kv_heads", "tokens", "head_dim", "page_size", "config"),
     [
-        ("int8", 16, 32, 8, 4096, 128, None),
-        ("bfloat16", 64, 32, 8, 8192, 128, None),
-        ("float8_e4m3fn", 3, 14, 2, 256, 64, 64),
-        ("bfloat16", 2, 8, 8, 512, 128, 128),
-        ("int4", 64, 32, 8, 8192, 128, None),
-        ("int4", 3, 14, 2, 256, 64, 64),
-        ("int2", 16, 32, 8, 4096, 128, None),
+        ("int8", 16, 32, 8, 4096, 128, None, None),
+        ("bfloat16", 64, 32, 8, 8192, 128, None, None),
+        ("float8_e4m3fn", 3, 14, 2, 256, 64, 64, None),
+        ("bfloat16", 2, 8, 8, 512, 128, 128, None),
+        ("int4", 64, 32, 8, 8192, 128, None, None),
+        ("int4", 3, 14, 2, 256, 64, 64, None),
+        ("int2", 16, 32, 8, 4096, 128, None, None),
+        ("int4", 16, 32, 8, 4096, 128, None, Config(64, 4, 4, merge_in_tiles=True)),
     ],
 )
-def test_kernels_fit_an_h200(format, batch, heads, kv_heads, tokens, head_dim, page_size):
+def test_kernels_fit_an_h200(format, batch, heads, kv_heads, tokens, head_dim, page_size, config):
     rows, columns = (batch, tokens) if page_size is None else (batch * tokens // page_size, page_size)
     head, shape = (rows, kv_heads), jax.ShapeDtypeStruct
     q, lengths = shape((batch, heads, head_dim), jnp.bfloat16), shape((batch,), jnp.int32)
@@ -36,7 +37,7 @@ def test_kernels_fit_an_h200(format, batch, heads, kv_heads, tokens, head_dim, p
         codes = [shape((*head, *x), format) for x in ((columns, head_dim), (head_dim, columns))]
         scales = [None if format == "bfloat16" else shape((*head, columns), jnp.float32)] * 2
         cache = Cache(*codes, *scales, page_table=table)
-    config = default_config(q, cache)
+    config = default_config(q, cache) if config is None else config
 
     def call(q, lengths, cache):
         return decode_attention(q, **cache._asdict(), lengths=lengths, implementation="mosaic_gpu", config=config)

@@ -249,10 +249,11 @@ def test_largest_of_columns(rng, on_threads, as_integers):
 def test_columns_repeat_and_split(rng, on_threads):
     x = rng.normal(size=(64, 8)).astype(np.float32)
     np.testing.assert_array_equal(registers.repeat_columns(x, 64), np.tile(x, (1, 8)))
-    acc = np.concatenate([rng.normal(size=(64, 128)), np.tile(x[:, :1], (1, 8))], axis=1).astype(np.float32)
-    first, last = registers.split_columns(acc, 128)
-    np.testing.assert_array_equal(first, acc[:, :128])
-    np.testing.assert_array_equal(last, acc[:, 128])
+    for more in (8, 16):
+        acc = np.concatenate([rng.normal(size=(64, 128)), np.tile(x[:, :1], (1, more))], axis=1).astype(np.float32)
+        first, last = registers.split_columns(acc, 128)
+        np.testing.assert_array_equal(first, acc[:, :128])
+        np.testing.assert_array_equal(last, acc[:, 128])
 
 
 def test_parts_of_a_sum_become_the_sum(rng, on_threads, monkeypatch):
