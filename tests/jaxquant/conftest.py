@@ -1,4 +1,9 @@
-"""What the tests of packed weights share; a module that uses `agrees_by_kernel` gives its `tolerance` and `kernel`."""
+"""What several modules share; one that uses `agrees_by_kernel` gives its `tolerance` and `kernel`."""
+
+import pathlib
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +37,26 @@ def assert_same():
 
     def check(got, wanted):
         assert jax.tree.structure(got) == jax.tree.structure(wanted)
-        for leaf, expected in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        for (path, leaf), expected in zip(
+            jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True
+        ):
             leaf, expected = np.asarray(leaf), np.asarray(expected)
-            assert leaf.dtype == expected.dtype
-            np.testing.assert_array_equal(leaf, expected)
+            assert leaf.dtype == expected.dtype, path
+            np.testing.assert_array_equal(leaf, expected, err_msg=str(path))
 
     return check
+
+
+@pytest.fixture
+def run_python():
+    """Runs a script of this tree in a process of its own. Its time is limited lest it hang, not lest it be slow."""
+
+    def run(script, *args, **env):
+        command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
+        env = {"PATH": "", "PYTHONPATH": str(pathlib.Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"} | env
+        return subprocess.run(command, env=env, timeout=900, check=False, stdout=subprocess.PIPE)
+
+    return run
 
 
 @pytest.fixture

@@ -255,7 +255,7 @@ def test_overwriting_is_asked_for_and_only_of_checkpoints(tmp_path):
     assert (tmp_path / "diary" / "page").read_text() == "dear"
 
 
-def test_placement(tmp_path):
+def test_placement(tmp_path, run_python):
     script = """
         import jax, jax.numpy as jnp, sys
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
@@ -284,15 +284,8 @@ def test_placement(tmp_path):
         else:
             raise SystemExit("2 rows over 4 devices?")
     """
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    run_python(script, str(tmp_path / "model"), env=env).check_returncode()
-
-
-def run_python(script, *args, env):
-    root = str(pathlib.Path(__file__).parents[2])
-    command = [sys.executable, "-c", textwrap.dedent(script), *args]
-    env = {"PATH": "", "PYTHONPATH": root, **env}
-    return subprocess.run(command, env=env, timeout=120, check=False, stdout=subprocess.PIPE)
+    flags = "--xla_force_host_platform_device_count=4"
+    run_python(script, tmp_path / "model", XLA_FLAGS=flags).check_returncode()
 
 
 KILL_AT_EVERY_STEP = """
@@ -351,9 +344,9 @@ KILL_AT_EVERY_STEP = """
 """
 
 
-def test_a_save_killed_at_any_step_leaves_the_old_or_the_new_checkpoint(tmp_path):
+def test_a_save_killed_at_any_step_leaves_the_old_or_the_new_checkpoint(tmp_path, run_python):
     """The process dies before its n-th change to the file system, for every second n up to the last."""
-    done = run_python(KILL_AT_EVERY_STEP, str(tmp_path), env={"JAX_PLATFORMS": "cpu"})
+    done = run_python(KILL_AT_EVERY_STEP, tmp_path)
     done.check_returncode()
     runs = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert [code for code, *_ in runs] == [9] * (len(runs) - 1) + [0]

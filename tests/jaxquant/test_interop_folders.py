@@ -81,13 +81,6 @@ def random_llama(rng, kernel=random_kernel, **given):
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def assert_same(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype, path
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
-
-
 STATIC = {"act_scale": np.full(1, 0.02, np.float16), "activation": TensorSpec("int8", PerTensor(), static=True)}
 FORMATS = {
     "gptq": {"order": True},
@@ -105,7 +98,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_round_trip_through_a_folder(tmp_path, rng, name):
+def test_round_trip_through_a_folder(tmp_path, rng, name, assert_same):
     params = random_llama(rng, **FORMATS[name])
     format = next(f for f in ("gptq_v2", "gptq", "awq", "compressed-tensors") if name.startswith(f))
     save_huggingface(tmp_path / "model", params, CONFIG, format=format)
@@ -130,7 +123,7 @@ def test_the_files_are_what_the_library_reads(tmp_path, rng):
     assert tensors["model.layers.0.self_attn.q_proj.bias"].dtype == np.float16
 
 
-def test_float_folders_in_shards_and_dtypes(tmp_path, rng):
+def test_float_folders_in_shards_and_dtypes(tmp_path, rng, assert_same):
     params = random_llama(rng, lambda rng, *shape: random_float(rng, *shape, dtype=ml_dtypes.bfloat16))
     save_huggingface(tmp_path, params, CONFIG, format="float")
     tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
@@ -148,7 +141,7 @@ def test_float_folders_in_shards_and_dtypes(tmp_path, rng):
     assert sum(leaf.nbytes for leaf in plan.leaves) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-def test_tied_heads_and_derived_tensors_are_dropped(tmp_path, rng):
+def test_tied_heads_and_derived_tensors_are_dropped(tmp_path, rng, assert_same):
     config = CONFIG | {"tie_word_embeddings": True}
     params = random_llama(rng)
     save_huggingface(tmp_path, params, config, format="gptq")
@@ -159,7 +152,7 @@ def test_tied_heads_and_derived_tensors_are_dropped(tmp_path, rng):
     assert_same(restored, {key: value for key, value in params.items() if key != "lm_head"})
 
 
-def test_scales_of_a_key_value_cache(tmp_path, rng):
+def test_scales_of_a_key_value_cache(tmp_path, rng, assert_same):
     activation = TensorSpec("float8_e4m3fn", PerTensor(), static=True)
 
     def fp8(rng, inputs, outputs):
@@ -180,7 +173,7 @@ def test_scales_of_a_key_value_cache(tmp_path, rng):
         assert "model.layers.0.self_attn.k_scale" in file.keys()  # noqa: SIM118 (no mapping)
 
 
-def test_layers_quantized_differently_are_groups_apart(tmp_path, rng):
+def test_layers_quantized_differently_are_groups_apart(tmp_path, rng, assert_same):
     params = random_llama(rng)
     params["layers_1"]["mlp"]["down_proj"]["kernel"] = random_kernel(rng, H, D, "uint8", size=None)
     save_huggingface(tmp_path, params, CONFIG, format="compressed-tensors")
@@ -201,7 +194,7 @@ def split_tree(rng, quantized):
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_fused_projections_are_parts_here(tmp_path, rng, quantized):
+def test_fused_projections_are_parts_here(tmp_path, rng, quantized, assert_same):
     params, config = split_tree(rng, quantized), CONFIG | {"model_type": "phi3"}
     save_huggingface(tmp_path, params, config, format="gptq" if quantized else "float")
     names = set(safetensors.numpy.load_file(tmp_path / "model.safetensors"))
@@ -211,7 +204,7 @@ def test_fused_projections_are_parts_here(tmp_path, rng, quantized):
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_experts_are_stacked_here(tmp_path, rng, quantized):
+def test_experts_are_stacked_here(tmp_path, rng, quantized, assert_same):
     experts = 3
     params, config = random_llama(rng), CONFIG | {"model_type": "mixtral"}
     for layer in range(LAYERS):
@@ -230,7 +223,7 @@ def test_experts_are_stacked_here(tmp_path, rng, quantized):
 
 
 @pytest.mark.parametrize(("model_type", "norms"), [("gemma", ()), ("gemma2", (1,)), ("gemma3_text", (1, 2))])
-def test_the_head_of_gemma_is_the_embedding_unless_said_otherwise(tmp_path, rng, model_type, norms):
+def test_the_head_of_gemma_is_the_embedding_unless_said_otherwise(tmp_path, rng, model_type, norms, assert_same):
     """Gemma's config.json leaves `tie_word_embeddings` out, and its later models have more norms."""
     params = random_llama(rng)
     head = params.pop("lm_head")
@@ -250,7 +243,7 @@ def test_the_head_of_gemma_is_the_embedding_unless_said_otherwise(tmp_path, rng,
         load_huggingface(tmp_path / "tied")
 
 
-def test_a_table_of_the_users_own(tmp_path, rng):
+def test_a_table_of_the_users_own(tmp_path, rng, assert_same):
     table = (*LLAMA, Module("model.layers.{i}.adapter.{x}", "layers_{i}/{x}_adapter", "linear"))
     params = random_llama(rng)
     for layer in range(LAYERS):
@@ -284,7 +277,7 @@ def test_missing_and_surplus_modules_are_listed(tmp_path, rng):
         load_huggingface(tmp_path)
 
 
-def test_lines_of_a_file_replace_those_of_its_base(tmp_path, rng):
+def test_lines_of_a_file_replace_those_of_its_base(tmp_path, rng, assert_same):
     params = random_llama(rng)
     del params["lm_head"]
     save_huggingface(tmp_path, params, CONFIG, format="gptq")
@@ -315,7 +308,7 @@ def test_lines_of_a_table_that_cannot_be(fields, message):
         Module(**{"hf": "a.{i}", "path": "b/{i}", "kind": "linear"} | fields)
 
 
-def test_sizes_of_parts_that_the_config_does_not_give(tmp_path, rng):
+def test_sizes_of_parts_that_the_config_does_not_give(tmp_path, rng, assert_same):
     line = Module("model.fused", "{part}", "linear", parts={"a": "inner * 2", "b": "outer"})
     params = {"a": {"kernel": random_float(rng, D, 4)}, "b": {"kernel": random_float(rng, D, 3)}}
     save_huggingface(tmp_path, params, {"inner": 2, "outer": 3}, format="float", modules=(line,))
@@ -371,7 +364,7 @@ class QwixArray:
 
 
 @pytest.mark.parametrize("qtype", ["int2", "int3", "int4", "int8", "uint4", "uint8"])
-def test_qwix_both_ways(rng, qtype):
+def test_qwix_both_ways(rng, qtype, assert_same):
     kernel = jax.tree.map(jnp.asarray, random_kernel(rng, D, H, qtype, dtype=np.float32))
     theirs = to_qwix(kernel, QwixArray)
     assert not jnp.dtype(theirs.qvalue.dtype).name.startswith("uint")
