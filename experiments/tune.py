@@ -21,7 +21,9 @@ GROUP = 128
 CANDIDATES = 12
 
 
-def work(shapes: list[str], tokens: list[int], blocks_per_sm: list[int], scale_after: list[int]) -> list[dict]:
+def work(
+    shapes: list[str], tokens: list[int], blocks_per_sm: list[int], scale_after: list[int], split_k: list[int]
+) -> list[dict]:
     """The candidates of every problem that the cost model likes best, of those with the given fields."""
     items = []
     for m, shape in itertools.product(tokens, shapes):
@@ -29,7 +31,7 @@ def work(shapes: list[str], tokens: list[int], blocks_per_sm: list[int], scale_a
         takes = [
             config
             for config in candidates(m, k, n, k // GROUP)
-            if config.blocks_per_sm in blocks_per_sm and config.scale_after in scale_after
+            if config.blocks_per_sm in blocks_per_sm and config.scale_after in scale_after and config.split_k in split_k
         ]
         liked = sorted(takes, key=lambda config: predicted_microseconds(config, m, k, n))
         items += [{"shape": shape, "m": m, "config": dataclasses.asdict(config)} for config in liked[:CANDIDATES]]
@@ -119,6 +121,7 @@ def main():
     parser.add_argument("--op", choices=["int4"], default="int4")
     parser.add_argument("--blocks-per-sm", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--scale-after", nargs="*", type=int, default=[0, 1])
+    parser.add_argument("--split-k", nargs="*", type=int, default=[1, 2, 3, 4, 8])
     parser.add_argument("--merge", help="a file that an earlier run wrote")
     options = parser.parse_args()
     if options.worker:
@@ -127,7 +130,7 @@ def main():
         table = json.loads(TABLE.read_text())
         print(merge(json.loads(pathlib.Path(options.merge).read_text()), table), "entries changed")
         return TABLE.write_text(write_table(table))
-    items = work(options.shapes, options.m, options.blocks_per_sm, options.scale_after)
+    items = work(options.shapes, options.m, options.blocks_per_sm, options.scale_after, options.split_k)
     limits = {"workers": options.workers, "seconds": options.seconds, "stall": 15, "kin": _kin}
     results = _bench.answers("experiments.tune", items, **limits)
     for r in [r for r in results if not r.get("ok")][:20]:

@@ -30,8 +30,8 @@ def candidates(
     block_ks, warpgroups = ((256, 512), (1, 2, 3, 4)) if few else ((128,), (2,))
     # Blocks of a cluster: those that split K, those that share x.
     clusters = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 1, 1)]
-    if few:  # and several blocks on an SM
-        clusters += [(split, 1, blocks) for split in (1, 2, 3, 4) for blocks in (2, 3)]
+    if few:  # and several blocks on an SM, or blocks of four warpgroups that share few outputs' inputs
+        clusters += [(split, 1, blocks) for split in (1, 2, 3, 4) for blocks in (2, 3)] + [(8, 1, 1)]
     if few and num_groups > 1 and k // num_groups == 32:
         block_ks += (128,)
     configs = []
@@ -39,6 +39,8 @@ def candidates(
     if few and not codes:  # and weights scaled before the product, so that it runs under the next unpacking
         cuts += [(*cut, False) for cut in itertools.product(_token_tiles(m), (128, 256), (1, 2), clusters[:3])]
     for block_m, block_k, count, (split, peers, blocks), scale_after in cuts:
+        if split == 8 and count < 4:
+            continue
         if count == 4 and block_m == 64:  # 96 registers at launch do not hold its accumulators: it spills
             continue
         if (peers > 1 and block_m < 32) or (split > 1 and m > 512):
@@ -121,7 +123,8 @@ def default_config(
                 return config
     # The other forms are for problems that they were tuned on.
     usual = candidates(m, k, n, num_groups, dtype, **options)
-    fitting = [c for c in usual if c.blocks_per_sm == 1 and c.scale_after == (codes or m <= FEW_TOKENS)]
+    usual = [c for c in usual if c.blocks_per_sm == 1 and c.split_k <= 4]
+    fitting = [c for c in usual if c.scale_after == (codes or m <= FEW_TOKENS)]
     if not fitting:
         raise NotImplementedError(
             f"int4_matmul has no Hopper configuration for M={m}, K={k}, N={n}, {num_groups} groups"
