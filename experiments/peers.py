@@ -51,7 +51,7 @@ class Bar:
     limit: float
 
 
-WITHOUT_TRAINING = ("ist-gptq-best", "ist-gptq-sequential", "gptqmodel-gptaq")
+WITHOUT_TRAINING = ("ist-gptq-best", "ist-gptq-sequential", "ist-gptq-damped", "gptqmodel-gptaq")
 GPTQS = ("ist-gptq-best", "llmcompressor-gptq", "llmcompressor-gptq-mse", "gptqmodel", "gptqmodel-best")
 BARS = (
     *(
