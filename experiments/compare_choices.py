@@ -1,11 +1,13 @@
 """What each choice of a recipe gains and costs, on calibration sequences held out for it.
 
-    python -m experiments.compare_choices [--tables forms,ranges,mixed,learned] [--model FOLDER] [--json F]
+    python -m experiments.compare_choices [--tables passes,damping,forms,...] [--model FOLDER] [--json F]
 
 Three quarters of a model's calibration sequences calibrate, the last quarter is what the KL from the float model is
-measured on: a choice made here has seen no evaluation token. `forms` are ways to run GPTQ and AWQ, with each grid and
-range of the weights; `ranges` are static activation ranges at 8 bits; `mixed` compares a bit width for each weight with
-one for all at 4.125 bits; `learned` are settings of learned rounding. Seconds include compilation.
+measured on: a choice made here has seen no evaluation token. `passes` are GPTQ by statistics of the float model, of the
+layers quantized so far, and making up for their errors, for each preset; `damping` is how much the Hessian is damped;
+`forms` are ways to run GPTQ and AWQ, with each grid and range of the weights; `ranges` are static activation ranges at
+8 bits; `mixed` compares a bit width for each weight with one for all at 4.125 bits; `learned` are settings of learned
+rounding. Seconds include compilation.
 """
 
 import argparse
@@ -75,6 +77,32 @@ def form_trials() -> Iterator[Trial]:
     yield Trial("forms", "gptq as published", fixed(plain, jq.gptq(scales="static", rounds=0)))
 
 
+PASSES: dict[str, tuple[jq.WeightTransform, bool | None]] = {
+    "parallel": (jq.gptq(), False),
+    "sequential": (jq.gptq(), True),
+    "compensated": (COMPENSATED, None),
+}
+
+
+def pass_trials() -> Iterator[Trial]:
+    """GPTQ from the float model's statistics, from the quantized layers', and making up for their errors."""
+    for preset in ("w4a16", "w4a16-asym", "w3a16"):
+        for form, (algorithm, sequential) in PASSES.items():
+            spec = jq.QuantConfig.preset(preset, algorithm=algorithm).default
+            yield Trial("passes", f"{preset} {form}", fixed(spec, algorithm), sequential)
+
+
+def damping_trials() -> Iterator[Trial]:
+    """GPTQ and its compensated form with more and more of a diagonal added to the Hessian."""
+    for preset in ("w4a16", "w4a16-asym", "w3a16"):
+        for damping in (0.01, 0.05, 0.2, 0.5, 1.0):
+            gptq = jq.gptq(damping=damping)
+            algorithm = jq.chain(jq.compensate(strength=0.5, residual=0.5), gptq)
+            spec = jq.QuantConfig.preset(preset, algorithm=gptq).default
+            yield Trial("damping", f"{preset} parallel, {damping}", fixed(spec, gptq))
+            yield Trial("damping", f"{preset} compensated, {damping}", fixed(spec, algorithm))
+
+
 def range_trials() -> Iterator[Trial]:
     """Static activation ranges against dynamic ones, weights of 8 bits per channel."""
 
@@ -98,19 +126,13 @@ def range_trials() -> Iterator[Trial]:
     yield Trial("ranges", "smoothquant, dynamic per token", fixed(spec(DYNAMIC), jq.smoothquant()))
 
 
-def logit_divergence(reference: jax.Array, logits: jax.Array) -> jax.Array:
-    """Mean KL of next-token distributions."""
-    log_p, log_q = jax.nn.log_softmax(reference), jax.nn.log_softmax(logits)
-    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
-
-
 def mixed_trials() -> Iterator[Trial]:
     """4.125 bits a weight, scales counted, spent evenly or by sensitivity."""
     choices = tuple(jq.QuantSpec(weight(qtype, range_="absmax")) for qtype in ("int2", "int3", "int4", "int8"))
 
     def allocated(algorithm: jq.WeightTransform | None) -> Callable:
         def config(apply_fn: Callable, params: Params, batches: list) -> jq.QuantConfig:
-            found = jq.allocate_bits(apply_fn, params, batches[:1], 4.125, choices, logit_divergence)
+            found = jq.allocate_bits(apply_fn, params, batches[:1], 4.125, choices, jq.logit_divergence)
             searched = "absmax" if algorithm is None else "mse"
             rules = [dataclasses.replace(rule, spec=searching(rule.spec, searched)) for rule in found.rules]
             return dataclasses.replace(found, rules=tuple(rules), algorithm=algorithm)
@@ -160,7 +182,13 @@ def divergences(
     return np.concatenate([divergence(reference, forward, params, qparams, part) for part in parts])
 
 
-TABLES = {"forms": form_trials, "ranges": range_trials, "mixed": mixed_trials, "learned": learned_trials}
+TABLES = {
+    "passes": pass_trials,
+    "forms": form_trials,
+    "ranges": range_trials,
+    "mixed": mixed_trials,
+    "learned": learned_trials,
+}
 
 
 def measure(

@@ -32,7 +32,7 @@ class Trained(NamedTuple):
 
     Attributes:
         weights: quantized as trained.
-        before: squared error of the outputs, relative, with the codes it started from.
+        before: squared error of the outputs on the batches held out, relative, with the codes it started from.
         after: the same with the trained ones.
     """
 
@@ -74,22 +74,27 @@ def train_block(
         targets: for each batch the outputs wanted.
 
     Returns:
-        The trained weights; where the codes that training started from did better on all batches, those.
+        The weights as they did best on the batches held out, after some round of training or before any.
     """
     held = [_hold(q, w) for q, w in zip(weights, floats, strict=True)]
     shapes = tuple(q.shape for q in weights)
     roundings = [initial(each.start) for each in held]
     memory = OPTIMIZERS[tuning.optimizer](1.0).init(roundings)
-    before = _mean_loss(run, shapes, roundings, held, inputs, targets)
-    first = jax.tree.map(jnp.copy, roundings)
+    split = max(len(inputs) - tuning.held_out, 1)
+    judges = slice(split if split < len(inputs) else 0, None)
+
+    def judge(roundings: list[Rounding]) -> float:
+        return _mean_loss(run, shapes, roundings, held, inputs[judges], targets[judges])
+
+    before = least = judge(roundings)
+    best = jax.tree.map(jnp.copy, roundings)
     rates = falling_rates(tuning.learning_rate, tuning.steps)
-    for place, rate in zip(batch_order(len(inputs), tuning.steps), rates, strict=True):
+    for done, (place, rate) in enumerate(zip(batch_order(split, tuning.steps), rates, strict=True), 1):
         state = (roundings, memory, held, inputs[place], targets[place], rate)
         roundings, memory = _step(run, shapes, tuning.optimizer, *state)
-    after = _mean_loss(run, shapes, roundings, held, inputs, targets)
-    if not after < before:
-        roundings, after = first, before
-    return Trained([_release(*parts) for parts in zip(weights, roundings, held, strict=True)], before, after)
+        if (done % split == 0 or done == tuning.steps) and (error := judge(roundings)) < least:
+            best, least = jax.tree.map(jnp.copy, roundings), error
+    return Trained([_release(*parts) for parts in zip(weights, best, held, strict=True)], before, least)
 
 
 def batch_order(batches: int, steps: int) -> Iterable[int]:

@@ -78,6 +78,7 @@ class BlockTuning:
         learning_rate: of the first step; it falls linearly to zero.
         optimizer: `"sign"` or `"adam"`.
         strength: the part of its inputs' deviation that a block makes up for.
+        held_out: how many batches, the last ones, choose the state that is kept and train nothing.
     """
 
     cuts: int
@@ -85,6 +86,7 @@ class BlockTuning:
     learning_rate: float
     optimizer: str
     strength: float
+    held_out: int
 
 
 @dataclasses.dataclass(frozen=True)

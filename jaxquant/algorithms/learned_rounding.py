@@ -4,8 +4,9 @@ Differs from the papers in:
 1. A block is what lies between two cuts of the traced program (`jaxquant/calibration/_blocks.py`), two of them for each
    layer of a transformer; no list of modules says so. With `output="layer"` the objective is each weight's own output
    error trace(D^T H D) over all calibration tokens instead, with its exact gradient.
-2. It starts from whatever codes the chain has reached, from GPTQ's for example, and never loses to them on the
-   calibration tokens; AutoRound starts from round-to-nearest.
+2. It starts from whatever codes the chain has reached, from GPTQ's for example, and keeps the round of training that
+   did best on batches held out, or the start; AutoRound starts from round-to-nearest and keeps what did best on the
+   tokens it trains on.
 3. One gain for each scale cell, with zero points fixed, where AutoRound trains both ends of the range.
 4. Rounding is hard with a straight-through gradient (AutoRound), not AdaRound's annealed sigmoid.
 5. The target lies half way between the float block's outputs on the quantized and on the float model's activations:
@@ -80,6 +81,7 @@ def learned_rounding(
     optimizer: Literal["sign", "adam"] = "sign",
     cuts: int = 2,
     strength: float = 0.5,
+    held_out: int = 1,
 ) -> WeightTransform:
     """Trains rounding offsets and scale gains on the output of a block of layers, or of each layer alone.
 
@@ -95,6 +97,8 @@ def learned_rounding(
             follows. Two are a transformer's layer, attention and MLP; one trains the two apart.
         strength: how much of what its inputs deviate by a block makes up for: 0 trains towards what the float block
             makes of the quantized model's activations, 1 towards what it makes of the float model's (AutoRound).
+        held_out: how many batches, the last ones, train no block and choose which round of its training is kept; of a
+            single batch, that one.
 
     Returns:
         The transform; it rounds, from the codes of the transform before it if that rounds. Put it last in a chain.
@@ -113,10 +117,12 @@ def learned_rounding(
         raise ValueError(f"learned_rounding: optimizer {optimizer!r}; accepted: 'sign', 'adam'")
     if output not in ("block", "layer"):
         raise ValueError(f"learned_rounding: output {output!r}; accepted: 'block', 'layer'")
+    if held_out < 1:
+        raise ValueError(f"learned_rounding: held_out must be 1 or more, got {held_out!r}")
     if not 0 <= strength <= 1:
         raise ValueError(f"learned_rounding: strength must lie in [0, 1], got {strength!r}")
     if output == "block":
-        tuning = BlockTuning(cuts, steps, learning_rate, optimizer, strength)
+        tuning = BlockTuning(cuts, steps, learning_rate, optimizer, strength, held_out)
         return WeightTransform("learned_rounding", frozenset({"block"}), _round_first, tuning=tuning)
     options = {"steps": steps, "learning_rate": learning_rate, "optimizer": optimizer}
     return make_transform(_apply_learned, "learned_rounding", {"hessian"}, **options)

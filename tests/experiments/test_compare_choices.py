@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from experiments.compare_choices import TABLES, divergences, logit_divergence, measure
+from experiments.compare_choices import TABLES, divergences, measure
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
 
@@ -29,7 +29,7 @@ def test_divergence_is_the_mean_over_tokens(rng):
     tables = [jnp.asarray(x.astype(np.float32)) for x in logits.values()]
     got = divergences(look_up, look_up, *tables, tokens)
     np.testing.assert_allclose(got, expected[tokens[:, :-1]].mean(1), rtol=1e-5)
-    np.testing.assert_allclose(logit_divergence(*tables), expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(jq.logit_divergence(*tables), expected.mean(), rtol=1e-5)
 
 
 def test_a_trial_gives_a_row(rng):
