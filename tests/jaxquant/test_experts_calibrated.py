@@ -10,7 +10,7 @@ from jaxquant.algorithms._apply import quantize_weight
 from jaxquant.algorithms._statistics import init_statistics, update_statistics
 
 T, D, F, E = 24, 32, 32, 4
-CONFIG = jq.QuantConfig(jq.QuantConfig.preset("w4a16", group_size=32).default, algorithm=jq.gptq(rounds=0))
+CONFIG = jq.QuantConfig(jq.QuantConfig.preset("w4a16", group_size=32).default, algorithm=jq.gptq())
 ROUTES = np.array([0] * 14 + [2] * 9 + [3])  # expert 1 is never hit, expert 3 once
 
 
@@ -79,7 +79,7 @@ def test_slots_of_a_capacity_borrow_too(rng):
     np.testing.assert_allclose(seen.tokens["w"], [11.5, 11.5, 10.5, 11.5])
 
 
-ALGORITHMS = {"gptq": jq.gptq(rounds=0), "awq": jq.awq(clip=False), "smoothquant": jq.smoothquant(), "rtn": None}
+ALGORITHMS = {"gptq": jq.gptq(), "awq": jq.awq(), "smoothquant": jq.smoothquant(), "rtn": None}
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -130,7 +130,7 @@ def test_a_sequential_pass_sends_all_tokens_through_every_expert(problem):
     params, x = problem
     options = {"apply_fn": model, "batches": [x[:T], x[::-1]], "expert_tokens": "all"}
     alone = jq.Rule(".*(gate|up)_proj", None)  # the down projection's inputs are then those of the float model
-    config = jq.QuantConfig(CONFIG.default, (alone,), algorithm=jq.gptq())
+    config = jq.QuantConfig(CONFIG.default, (alone,), algorithm=CONFIG.algorithm)
     parallel, walked = (jq.quantize(params, config, sequential=way, **options) for way in (False, True))
     got, wanted = (np.asarray(jq.dequantize(q)["down_proj"], np.float64) for q in (walked, parallel))
     # the same arithmetic but for the order of sums in the Hessian, where rounding may fall to the other side: rare
@@ -143,7 +143,7 @@ def test_a_sequential_pass_sends_all_tokens_through_every_expert(problem):
     w, spec = params["down_proj"][1], CONFIG.default
     rows = [through(jq.dequantize(qparams), x, 1)] * 2
     stats = update_statistics(init_statistics({"hessian"}, F), jnp.asarray(np.concatenate(rows), jnp.float32))
-    wanted = np.asarray(jq.dequantize({"w": quantize_weight(w, spec, jq.gptq(), stats)[0]})["w"], np.float64)
+    wanted = np.asarray(jq.dequantize({"w": quantize_weight(w, spec, CONFIG.algorithm, stats)[0]})["w"], np.float64)
     got = np.asarray(jq.dequantize(qparams)["down_proj"][1], np.float64)
     assert (np.abs(got - wanted) > 1e-4 * np.abs(wanted).max()).mean() <= 0.05
 
