@@ -55,7 +55,8 @@ WITHOUT_TRAINING = ("ist-gptq-best", "ist-gptq-sequential", "ist-gptq-damped", "
 GPTQS = ("ist-gptq-best", "llmcompressor-gptq", "llmcompressor-gptq-mse", "gptqmodel", "gptqmodel-best")
 BARS = (
     *(
-        Bar(f"gptq-{form}-compensated", f"{peer}-{form}", 0.90 if "asym" in form else 0.85)
+        Bar(f"gptq-{form}-{ours}", f"{peer}-{form}", 0.90 if "asym" in form else 0.85)
+        for ours in ("compensated", "damped")
         for peer in WITHOUT_TRAINING
         for form in FORMATS
     ),
