@@ -4,6 +4,7 @@ Results are gathered, then written and noted by a thread of its own while the ne
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -33,12 +34,15 @@ class Journal:
         Args:
             folder: of the conversion.
             key: what is converted, how and by whom.
+
+        Raises:
+            FileExistsError: another process is at work in the folder.
         """
+        self._lock = _lock(folder)
         self._file = folder / NAME
         lines: list[Any] = list(_whole_lines(self._file)) if self._file.is_file() else []
         if not lines or lines[0] != {"key": key}:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            _clear(folder)
             lines = [{"key": key}]
         self.nodes = {int(number): node for line in lines[1:] for number, node in line["nodes"].items()}
         records = [Record.parse(fields) for line in lines[1:] for fields in line["records"]]
@@ -78,11 +82,12 @@ class Journal:
         self._writing = self._pool.submit(_write, self._file, self.writer.detach(), line)
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for what is being written, and lets others at the folder."""
         try:
             self._wait()
         finally:
             self._pool.shutdown()
+            os.close(self._lock)
 
     def remove(self) -> None:
         """Removes the file, once the arrays belong to a checkpoint."""
@@ -96,6 +101,26 @@ class Journal:
             nodes, records, _ = self._noted
             self.writer.shards.append(shard)
             self._noted = nodes, records, len(self.writer.shards)
+
+
+def _lock(folder: pathlib.Path) -> int:
+    """Makes a folder if need be and keeps others out until the descriptor is closed, by a kill too.
+
+    Two conversions into one folder would remove each other's arrays and mix their lines in the journal.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise FileExistsError(f"{folder}: another conversion to the same place is at work; wait for it") from error
+    return descriptor
+
+
+def _clear(folder: pathlib.Path) -> None:
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _write(file: pathlib.Path, write: Callable[[], Shard] | None, line: dict[str, Any]) -> Shard | None:

@@ -308,6 +308,19 @@ def test_a_journal_of_something_else_or_cut_short_is_not_trusted(tmp_path, rng, 
     assert_same(load(tmp_path / "out"), quantize(params, W4))
 
 
+def test_two_conversions_to_one_place_do_not_meet(tmp_path, rng, monkeypatch, assert_same):
+    params = random_params(rng)
+    save(tmp_path / "float", params)
+    monkeypatch.setattr(jaxquant.storage._journal, "FLUSH_BYTES", 1)
+
+    def begin_another(done, total, path):
+        with pytest.raises(FileExistsError, match="another conversion"):
+            convert(tmp_path / "float", tmp_path / "out", W4)
+
+    convert(tmp_path / "float", tmp_path / "out", W4, progress=begin_another)
+    assert_same(load(tmp_path / "out"), quantize(params, W4))
+
+
 def test_overwriting(tmp_path, rng, assert_same):
     params = random_params(rng)
     save(tmp_path / "float", params)
