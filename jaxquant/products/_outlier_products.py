@@ -81,7 +81,15 @@ def outlier_product(outliers: jax.Array, w: OutlierArray, dims: Dims) -> jax.Arr
     rows = _laid(w.rows, w, dims, free).astype(outliers.dtype)
     rows = jnp.broadcast_to(rows, (*sizes[0], outliers.shape[-1], *sizes[1]))
     numbers = (((outliers.ndim - 1,), (len(batch),)), (batch, batch))
-    return jax.lax.dot_general(outliers, rows, numbers, preferred_element_type=jnp.dtype(jnp.float32))
+
+    def product(outliers: jax.Array, rows: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(outliers, rows, numbers, preferred_element_type=jnp.dtype(jnp.float32))
+
+    def in_float32(outliers: jax.Array, rows: jax.Array) -> jax.Array:
+        return product(outliers.astype(jnp.float32), rows.astype(jnp.float32))
+
+    # XLA's CPU backend compiles some bfloat16 products under a scan to a call that it then cannot run.
+    return jax.lax.platform_dependent(outliers, rows, cpu=in_float32, default=product)
 
 
 def ragged_outliers(x: jax.Array, w: OutlierArray, group_sizes: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -101,6 +101,19 @@ def test_derivative_by_the_activation(rng):
     np.testing.assert_allclose(got, want, atol=N * 1.2e-7 * N)
 
 
+def test_bfloat16_under_scan(rng):
+    """XLA's CPU backend compiled this product of the outliers to a call that it could not run."""
+    w = stacked(rng, 2, W4, salient(fraction=0.1), K, K)
+    x = jnp.asarray(rng.uniform(-1, 1, (9, K)), jnp.bfloat16)
+
+    def apply(w, x):
+        return jax.lax.scan(lambda x, w: (x, x @ w.astype(x.dtype)), x, w)[1]
+
+    got, exact, dense = quantized(apply)(w, x), np.asarray(x, np.float64), np.asarray(dequantize_outliers(w))
+    # the float rows are rounded to 8 bits, and the result once more
+    assert np.all(np.abs(np.asarray(got, np.float64) - exact @ dense) <= 2**-7 * np.abs(exact) @ np.abs(dense))
+
+
 def test_heads_transposed_and_weight_first(rng):
     """Two contracting axes in either order, an activation laid out otherwise, the weight on the left, bfloat16."""
     x, w = inputs(rng, 2, 3), weight(rng, K, N).reshape(4, 16, N)
