@@ -175,7 +175,7 @@ def check_exportable(where: str, q: QArray, format: str, qtypes: str) -> None:
     elif q.ndim != 2 or q.axis != (-2,):
         remedy = f"shape {q.shape} contracting {q.axis}; a [in, out] kernel contracting -2 is accepted"
     elif q.pre_scale is not None:
-        remedy = "it has a pre_scale; fold it into the layer before it first"
+        remedy = "it has a pre_scale; fold it into the layer before it first (jaxquant.fold_pre_scale)"
     if remedy:
         raise ValueError(f"{where}: {format} cannot hold it: {remedy}")
 

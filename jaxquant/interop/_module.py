@@ -9,7 +9,7 @@ from typing import Any, Literal
 Config = Mapping[str, Any]
 Kind = Literal["linear", "embedding", "norm", "scales"]
 
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}", re.ASCII)
 _LEAVES = {
     "linear": {"weight": "kernel"},
     "embedding": {"weight": "embedding"},
@@ -53,6 +53,9 @@ class Module:
             raise ValueError("hf, path and parts are text, optional is true or false")
         if self.kind not in Kind.__args__:
             raise ValueError(f"kind {self.kind!r}; accepted: {', '.join(Kind.__args__)}")
+        for template in (self.hf, self.path):
+            if {*"{}"} & {*_PLACEHOLDER.sub("", template)}:
+                raise ValueError(f"{template}: braces go round the name of a placeholder")
         theirs, ours = (_PLACEHOLDER.findall(template) for template in (self.hf, self.path))
         expected = [name for name in theirs if name != self.stack] + ["part"] * bool(self.parts)
         if len({*theirs}) < len(theirs) or sorted(ours) != sorted(expected):
@@ -62,21 +65,21 @@ class Module:
 
     def match(self, module: str) -> dict[str, str] | None:
         """The placeholders' values if the line speaks of a Hugging Face module."""
-        found = re.fullmatch(_pattern(self.hf, r"[^.]+?"), module)
+        found = re.fullmatch(_pattern(self.hf, r"[^.]+?", self.stack), module)
         return None if found is None else found.groupdict()
 
     def match_path(self, path: str) -> dict[str, str] | None:
         """The placeholders' values if the line speaks of one of our module paths."""
-        found = re.fullmatch(_pattern(self.path, r"[^/]+?"), path)
+        found = re.fullmatch(_pattern(self.path, r"[^/]+?", self.stack), path)
         return None if found is None else found.groupdict()
 
 
-def _pattern(template: str, value: str) -> str:
-    pieces = _PLACEHOLDER.split(template)
-    numbered = {"i": r"\d+", "e": r"\d+"}
+def _pattern(template: str, value: str, stack: str | None) -> str:
+    """The template as a regular expression: layers and what is stacked are numbers, other placeholders are values."""
+    numbered = dict.fromkeys(("i", "e", stack), r"\d+")
     return "".join(
         re.escape(piece) if place % 2 == 0 else f"(?P<{piece}>{numbered.get(piece, value)})"
-        for place, piece in enumerate(pieces)
+        for place, piece in enumerate(_PLACEHOLDER.split(template))
     )
 
 

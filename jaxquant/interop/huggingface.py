@@ -127,6 +127,9 @@ def load_huggingface(
 def insert(tree: dict[str, Any], path: str, leaf: Any) -> None:
     """Puts a leaf at a "/"-joined path of nested dicts.
 
+    Raises:
+        ValueError: there is a parameter at the path, or one before or beyond it.
+
     >>> tree = {}
     >>> insert(tree, "a/b", 1)
     >>> tree
@@ -135,6 +138,10 @@ def insert(tree: dict[str, Any], path: str, leaf: Any) -> None:
     *parents, last = path.split("/")
     for parent in parents:
         tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"{path}: the table of names has a parameter at a part of this path")
+    if last in tree:
+        raise ValueError(f"{path}: the table of names has another parameter at this path, or beyond it")
     tree[last] = leaf
 
 
@@ -236,6 +243,8 @@ def _stacked(leaves: list[tuple[Module, int, Leaf]]) -> Iterator[Leaf]:
         if places == [-1]:
             yield parts[0]
             continue
+        if -1 in places:
+            raise ValueError(f"{path}: the table of names sends {len(places)} tensors there")
         if places != list(range(len(places))):
             raise ValueError(f"{path}: its parts are numbered {places}")
         first = parts[0].abstract

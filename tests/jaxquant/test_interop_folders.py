@@ -301,11 +301,40 @@ def test_lines_of_a_file_replace_those_of_its_base(tmp_path, rng, assert_same):
         ({"parts": {"q": 3}, "path": "b/{i}/{part}"}, "are text"),
         ({"optional": 1}, "true or false"),
         ({"path": None}, "are text"),
+        ({"hf": "a.{i}.{1}", "path": "b/{i}/{1}"}, "braces go round the name of a placeholder"),
+        ({"path": "b/{i}}"}, "braces go round"),
     ],
 )
 def test_lines_of_a_table_that_cannot_be(fields, message):
     with pytest.raises(ValueError, match=message):
         Module(**{"hf": "a.{i}", "path": "b/{i}", "kind": "linear"} | fields)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("norm/scale/deeper", "norm/scale(/deeper/kernel)?: the table of names has"),
+        ("layers_0/mlp/up_proj", "layers_0/mlp/up_proj/kernel: the table of names sends 2 tensors there"),
+    ],
+)
+def test_a_table_that_sends_two_modules_to_one_place(tmp_path, rng, order, path, message):
+    save_huggingface(tmp_path, random_llama(rng), CONFIG, format="gptq")
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    other = "z.other.weight" if order > 0 else "a.other.weight"
+    safetensors.numpy.save_file(tensors | {other: np.ones((3, 3), np.float32)}, tmp_path / "model.safetensors")
+    table = (*LLAMA, Module(other.removesuffix(".weight"), path, "linear"))
+    with pytest.raises(ValueError, match=message):
+        load_huggingface(tmp_path, modules=table)
+
+
+def test_what_is_stacked_is_numbered_by_whatever_name(tmp_path, rng, assert_same):
+    """A placeholder that is stacked does not match a name: `gate` beside the experts is no expert."""
+    experts = Module("mlp.{expert}", "experts", "linear", stack="expert")
+    table = (experts, Module("mlp.gate", "router", "linear"))
+    params = {"experts": {"kernel": random_float(rng, 3, D, 4)}, "router": {"kernel": random_float(rng, D, 3)}}
+    save_huggingface(tmp_path, params, {}, format="float", modules=table)
+    assert_same(load_huggingface(tmp_path, modules=table)[0], params)
 
 
 def test_sizes_of_parts_that_the_config_does_not_give(tmp_path, rng, assert_same):
