@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its arguments; None takes the process's.
 
     Returns:
-        The exit status: 0, 1 where `diff` finds parameters that cannot be compared, 2 for an error, which is printed.
+        The exit status: 0, 1 where `diff` finds parameters that cannot be compared, 2 for an error, which is printed,
+        130 where the user interrupts.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("\njaxquant: interrupted; a conversion goes on when the same command is given again", file=sys.stderr)
+        return 130
     except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
         message = str(error).replace("overwrite=True", "--overwrite").replace("modules=", "--names")
         print(f"jaxquant: {message}", file=sys.stderr)

@@ -321,6 +321,22 @@ def test_two_conversions_to_one_place_do_not_meet(tmp_path, rng, monkeypatch, as
     assert_same(load(tmp_path / "out"), quantize(params, W4))
 
 
+def test_the_command_interrupted_by_its_user(tmp_path, rng, monkeypatch, capsys, assert_same):
+    params = random_params(rng)
+    save(tmp_path / "float", params)
+
+    def interrupted(self, number, node):
+        raise KeyboardInterrupt
+
+    command = ["convert", str(tmp_path / "float"), str(tmp_path / "out")]
+    with monkeypatch.context() as patched:
+        patched.setattr(jaxquant.storage._journal.Journal, "add", interrupted)
+        assert main(command) == 130
+    assert "goes on when the same command is given again" in capsys.readouterr().err
+    assert main(command) == 0
+    assert_same(load(tmp_path / "out"), params)
+
+
 def test_overwriting(tmp_path, rng, assert_same):
     params = random_params(rng)
     save(tmp_path / "float", params)
