@@ -98,7 +98,8 @@ def quantize(
         check_fits(path, leaf, assignments[path])
     watches = plan_watches(assignments, params, config, expert_tokens, borrow)
     if watches and stats is None and (apply_fn is None or first is None):
-        raise _missing_data(next(iter(watches)), config)
+        given = "quantize(..., apply_fn=model.apply, batches=...), or stats=calibrate(...)"
+        raise missing_data(next(iter(watches)), config, given)
     walked = _walks(sequential, watches, stats)
     emit = _listener(report, sum(chosen.spec is not None for chosen in assignments.values()))
     form = "walk" if walked else "float"
@@ -182,12 +183,10 @@ def _axes(apply_fn: Callable[..., Any] | None, params: Any, first: Any) -> Mappi
     return infer_axes(apply_fn, params, *arguments_of(first))
 
 
-def _missing_data(path: str, config: QuantConfig) -> ValueError:
+def missing_data(path: str, config: QuantConfig, remedy: str) -> ValueError:
+    """What to raise for a weight that is quantized with the help of data where there are none."""
     what = f"algorithm {config.algorithm.name!r}" if config.algorithm is not None else "a static activation scale"
-    return ValueError(
-        f"{path}: {what} needs calibration; give quantize(..., apply_fn=model.apply, batches=...), or"
-        " stats=calibrate(...)"
-    )
+    return ValueError(f"{path}: {what} needs calibration; give {remedy}")
 
 
 def _listener(report: Callable[[WeightReport], Any] | None, total: int) -> Callable[[WeightReport], None]:

@@ -18,11 +18,12 @@ from typing import Any
 
 import jax
 
-from jaxquant._quantize import check_fits, quantize
+from jaxquant._quantize import check_fits, missing_data, quantize
 from jaxquant._slices import Slicing, dequantized, plan_slices, quantize_slices
 from jaxquant._sources import Source, open_source, read_leaf
 from jaxquant.algorithms._transform import WeightTransform
 from jaxquant.arrays._spec import QuantConfig, QuantSpec, Rule
+from jaxquant.calibration._calibrate import plan_watches
 from jaxquant.checkpoint import Path, write_tree
 from jaxquant.interop import Module
 from jaxquant.interop.huggingface_write import Format, write_folder
@@ -68,11 +69,15 @@ class _Choice:
 def _decide(source: Source, config: QuantConfig | None) -> list[_Choice | None]:
     """For each leaf, how it is quantized, or None to keep it; what cannot be is found before the first is read."""
     known = {leaf.path: leaf.abstract for leaf in source.leaves if leaf.abstract is not None}
-    choices = {}
-    for path, assignment in assign(known, config).items() if config is not None and known else ():
+    if config is None or not known:
+        return [None] * len(source.leaves)
+    assignments, choices = assign(known, config), {}
+    for path, assignment in assignments.items():
         check_fits(path, known[path], assignment)
-        if config is not None and assignment.spec is not None:
+        if assignment.spec is not None:
             choices[path] = _Choice(assignment.spec, assignment.axis, config.algorithm)
+    for path in plan_watches(assignments, known, config):
+        raise missing_data(path, config, "convert(..., apply_fn=model.apply, batches=...)")
     return [choices.get(leaf.path) for leaf in source.leaves]
 
 
@@ -106,13 +111,16 @@ def convert(
     Raises:
         FileNotFoundError: `src` does not exist.
         FileExistsError: `dst` exists.
-        ValueError: `src` is malformed, a rule matches nothing, or a weight cannot be quantized; the message names it.
+        ValueError: `src` is malformed, a rule matches nothing, or a weight cannot be quantized, or not without
+            calibration; the message names it.
     """
     target = pathlib.Path(dst).absolute()
     check_target(target, overwrite)
+    if (apply_fn is None) != (batches is None) or (apply_fn is not None and config is None):
+        raise ValueError("convert: to calibrate, apply_fn, batches and config go together; one of them is missing")
     source = open_source(src, modules=modules)
-    if config is not None and apply_fn is not None:
-        _convert_calibrated(source, target, config, apply_fn, list(() if batches is None else batches))
+    if config is not None and apply_fn is not None and batches is not None:
+        _convert_calibrated(source, target, config, apply_fn, list(batches))
         return
     choices = _decide(source, config)
     key = f"{source.fingerprint} {config!r} {library_version()}"

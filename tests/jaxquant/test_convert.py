@@ -19,7 +19,7 @@ import jaxquant._slices
 import jaxquant._sources
 import jaxquant.conversion
 import jaxquant.storage._journal
-from jaxquant import QArray, QuantConfig, Rule, load, quantize, save
+from jaxquant import PerTensor, QArray, QuantConfig, QuantSpec, Rule, TensorSpec, load, quantize, save
 from jaxquant.__main__ import main
 from jaxquant._sources import open_source
 from jaxquant.algorithms.gptq import gptq
@@ -335,6 +335,34 @@ def test_the_command_interrupted_by_its_user(tmp_path, rng, monkeypatch, capsys,
     assert "goes on when the same command is given again" in capsys.readouterr().err
     assert main(command) == 0
     assert_same(load(tmp_path / "out"), params)
+
+
+@pytest.mark.parametrize("slice_bytes", [D, 1 << 21])
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (QuantConfig(default=QuantSpec(TensorSpec("int8"), TensorSpec("int8", PerTensor(), static=True))), "a static"),
+        (QuantConfig.preset("w8a16", algorithm=gptq()), "algorithm 'gptq'"),
+    ],
+)
+def test_what_needs_data_is_refused_without_before_a_leaf_is_read(
+    tmp_path, rng, monkeypatch, slice_bytes, config, what
+):
+    """A weight large enough for slices was made without its static scale."""
+    monkeypatch.setattr(jaxquant._slices, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(jaxquant.conversion, "read_leaf", None)
+    save(tmp_path / "float", random_params(rng))
+    with pytest.raises(ValueError, match=f"kernel: {what}.* needs calibration; give convert"):
+        convert(tmp_path / "float", tmp_path / "out", config)
+    assert {path.name for path in tmp_path.iterdir()} == {"float"}
+
+
+@pytest.mark.parametrize("missing", ["config", "apply_fn", "batches"])
+def test_calibration_without_one_of_its_parts(tmp_path, missing):
+    given = {"config": W4, "apply_fn": apply_mlp, "batches": [np.ones((1, 4), np.int32)]}
+    del given[missing]
+    with pytest.raises(ValueError, match="apply_fn, batches and config go together"):
+        convert(tmp_path / "float", tmp_path / "out", **given)
 
 
 def test_overwriting(tmp_path, rng, assert_same):
