@@ -69,7 +69,7 @@ class _Choice:
 def _decide(source: Source, config: QuantConfig | None) -> list[_Choice | None]:
     """For each leaf, how it is quantized, or None to keep it; what cannot be is found before the first is read."""
     known = {leaf.path: leaf.abstract for leaf in source.leaves if leaf.abstract is not None}
-    if config is None or not known:
+    if config is None:
         return [None] * len(source.leaves)
     assignments, choices = assign(known, config), {}
     for path, assignment in assignments.items():
@@ -100,7 +100,8 @@ def convert(
     Args:
         src: a jaxquant checkpoint, an orbax checkpoint, or a Hugging Face folder, float or quantized.
         dst: the new checkpoint's folder.
-        config: how to quantize float weights; None keeps everything as it is. What is quantized already stays so.
+        config: how to quantize float weights; None keeps everything as it is. What is quantized already stays so, and
+            where all of it is, so does the config kept for the record.
         modules: for a Hugging Face folder, see `jaxquant.interop.plan_huggingface`.
         apply_fn: the float model to calibrate by, see `jaxquant.quantize`; for algorithms that need data.
         batches: its calibration inputs.
@@ -128,7 +129,8 @@ def convert(
         _convert_leaves(source, choices, journal, progress)
         journal.commit()
     tree = _fill(source.tree, journal.nodes)
-    writer, config = journal.writer, config or source.config
+    writer = journal.writer
+    config = config if any(choices) else source.config  # what was quantized before is not by this one
     algorithm = source.manifest.algorithm if source.manifest else None
     manifest = Manifest(tree, tuple(writer.records), tuple(writer.shards), config, algorithm, "", source.huggingface)
     journal.remove()

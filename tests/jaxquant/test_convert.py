@@ -365,6 +365,15 @@ def test_calibration_without_one_of_its_parts(tmp_path, missing):
         convert(tmp_path / "float", tmp_path / "out", **given)
 
 
+def test_a_recipe_for_what_is_quantized_already_is_not_on_record(tmp_path, rng, assert_same):
+    """The checkpoint said afterwards that it was quantized to int8, and held the int4 that it had before."""
+    params = quantize(random_params(rng), W4)
+    save(tmp_path / "int4", params, config=W4)
+    convert(tmp_path / "int4", tmp_path / "out", QuantConfig.preset("w8a16"))
+    assert_same(load(tmp_path / "out"), params)
+    assert read_manifest(tmp_path / "out").config == W4
+
+
 def test_overwriting(tmp_path, rng, assert_same):
     params = random_params(rng)
     save(tmp_path / "float", params)
