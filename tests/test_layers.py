@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = ("pallas_kernels", "jaxquant", "experiments")
 DOOR = pathlib.Path("jaxquant/_kernels.py")
 # The rooms of jaxquant, each above those it may import from. Modules beside the rooms join them and may import any.
-ROOMS = ("arrays", "parameters", "storage", "interop", "products", "algorithms", "tracing", "calibration")
+ROOMS = ("kv_cache", "arrays", "parameters", "storage", "interop", "products", "algorithms", "tracing", "calibration")
 
 # These import names belong to distributions of other names.
 IMPORT_NAMES = {"orbax-checkpoint": "orbax"}
