@@ -1,6 +1,7 @@
 """What JAX's interpreter of Mosaic GPU programs lacks and the kernels use."""
 
 import dataclasses
+import time
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ def wgmma_from_registers(product):
     return wgmma
 
 
+@gpu_callbacks.fail_on_exception
 def store_to_peer(token, thread, value, ref_key, ref_transforms, barrier_key, peer):
     """Write to a buffer of another block of the cluster, then arrive at that block's barrier."""
     memory = gpu_callbacks._get_shared_memory()
@@ -40,6 +42,10 @@ def store_to_peer(token, thread, value, ref_key, ref_transforms, barrier_key, pe
     )
     transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(ref_transforms))
     ref = there(ref_key)
+    # A cluster's blocks start together on a GPU, when all have their memory; here one may be ahead of another.
+    while not {ref, there(barrier_key)} <= memory.mem.keys():
+        memory.check_failed()
+        time.sleep(0.001)
     memory.store_buffer_content(ref, memory.access(ref, transforms), np.asarray(value), thread, logging_info=None)
     barrier, clock = memory.get_barrier_and_increment_clock(there(barrier_key), thread)
     barrier.arrive(thread, clock, None)
