@@ -184,6 +184,7 @@ def divergences(
 
 TABLES = {
     "passes": pass_trials,
+    "damping": damping_trials,
     "forms": form_trials,
     "ranges": range_trials,
     "mixed": mixed_trials,

@@ -23,13 +23,6 @@ def weight(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.normal(0, 0.05, shape).astype(np.float32)
 
 
-def assert_same(a: QArray, b: QArray) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert left.dtype == right.dtype
-        np.testing.assert_array_equal(np.asarray(left, np.float32), np.asarray(right, np.float32))
-
-
 @pytest.mark.parametrize("qtype", ["int2", "int3", "uint4", "int5", "uint6", "int7", "nf4"])
 def test_codes_of_ragged_lengths_survive_packing(rng, qtype):
     spec, length = QuantSpec(TensorSpec(qtype)), int(rng.integers(1, 8))
@@ -97,7 +90,7 @@ def test_padding_to_whole_groups_is_exactly_undone(rng, spec, shape):
     assert q.bits > by_hand.bits
 
 
-def test_padding_changes_nothing_where_groups_fit(rng):
+def test_padding_changes_nothing_where_groups_fit(rng, assert_same):
     w = weight(rng, 32, 6)
     assert_same(quantize(w, W4, -2), quantize(w, QuantSpec(dataclasses.replace(W4.weight, pad=True)), -2))
 
@@ -106,7 +99,7 @@ GRANULARITIES = [PerTensor(), PerChannel(), PerGroup(16), PerBlock((16, 4))]
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda g: type(g).__name__)
-def test_a_slice_of_a_stack_is_the_quantized_slice(rng, granularity):
+def test_a_slice_of_a_stack_is_the_quantized_slice(rng, granularity, assert_same):
     spec, stack = QuantSpec(TensorSpec("uint3", granularity)), weight(rng, 3, 32, 8)
     q = quantize(stack, spec, -2)
     slices = [quantize(w, spec, -2) for w in stack]
@@ -124,14 +117,14 @@ def test_a_slice_of_a_stack_is_the_quantized_slice(rng, granularity):
     np.testing.assert_array_equal(jax.jit(jax.vmap(dequantize_array))(q), scanned)
 
 
-def test_two_stack_axes_slice_one_after_the_other(rng):
+def test_two_stack_axes_slice_one_after_the_other(rng, assert_same):
     stack = weight(rng, 2, 3, 32, 8)
     q = quantize(stack, W4, -2)
     assert q.lead == (2, 3)
     assert_same(jax.tree.map(lambda leaf: leaf[1, 2], q), quantize(stack[1, 2], W4, -2))
 
 
-def test_jit_returns_it_unchanged_and_traces_once(rng):
+def test_jit_returns_it_unchanged_and_traces_once(rng, assert_same):
     q = quantize(weight(rng, 32, 8), PRESETS["w8a8"], -2)
     traces = []
 
@@ -193,7 +186,7 @@ def test_pre_scale_and_input_order_are_in_the_float_weight(rng, lead):
     np.testing.assert_allclose(got, expected, rtol=0, atol=bound)
 
 
-def test_leaves_take_the_weight_rank(rng):
+def test_leaves_take_the_weight_rank(rng, assert_same):
     w = weight(rng, 2, 4, 8, 6)
     q, factors = quantize(w, W4, (-3, -2)), rng.uniform(0.5, 2, (2, 4, 8)).astype(np.float32)
     static = rng.uniform(size=2).astype(np.float32)
