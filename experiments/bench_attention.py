@@ -19,7 +19,7 @@ from experiments import _attention, _workers
 from experiments._clock import graph_microseconds, microseconds_of_each_kernel
 from pallas_kernels.attention import MODES, Config, attention
 from pallas_kernels.attention.cases import CORRECTNESS, SPEED, Case
-from pallas_kernels.attention.quantize import E4M3, LOG2_E, quantize_values, round_to
+from pallas_kernels.attention.quantize import E4M3, LOG2_E, round_to, values_absmax
 
 THREE = (128, 2, 3, False)
 # Candidates, the most promising first: maxima of three, sum by product, exponentials by polynomial, absmax by kernel.
@@ -168,9 +168,9 @@ def _exact(q, k, v, *, case: Case, rounded):
     q_lengths = given.get("query_lengths", jnp.full((case.batch,), case.tokens))
     kv_lengths = given.get("kv_lengths", jnp.full((case.batch,), case.kv_tokens))
     if rounded is not None:
-        codes, step = quantize_values(v, rounded, 1, given.get("kv_lengths"))
-        codes = lax.optimization_barrier(codes)
-        v = (codes.astype(jnp.float32) * step[..., None]).transpose(0, 3, 1, 2)
+        step = (values_absmax(v, given.get("kv_lengths")) * (1 / 448.0))[:, None]
+        codes = lax.optimization_barrier(round_to(v.astype(jnp.float32) / step, rounded))
+        v = codes.astype(jnp.float32) * step
 
     def head(index):
         b, n = index // case.heads, index % case.heads

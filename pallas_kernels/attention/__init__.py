@@ -51,8 +51,8 @@ def attention(
     """Computes softmax attention with 8-bit products.
 
     Keys are smoothed by their mean over tokens, which softmax cannot see; queries are quantized per token, keys per
-    block of tokens, values per channel, and the softmax weights by a fixed scale. The softmax itself is float32. The
-    gradient is that of attention on the unquantized operands.
+    block of tokens, values per channel and block, and the softmax weights by a fixed scale. The softmax itself is
+    float32. The gradient is that of attention on the unquantized operands.
 
     Args:
         q: queries [B, T, N, H], floating point.
@@ -161,8 +161,7 @@ def _mosaic_gpu(call: _Call, qkv, masking: Masking) -> jax.Array:
     keys = k if scores_dtype is None else quantize_keys_mosaic_gpu(k, scores_dtype, block, kv_lengths)
     values = v
     if values_dtype is not None:
-        by_kernel = call.config.absmax_by_kernel
-        values = quantize_values_mosaic_gpu(v, values_dtype, block, kv_lengths, absmax_by_kernel=by_kernel)
+        values = quantize_values_mosaic_gpu(v, values_dtype, block, kv_lengths)
     lengths = None
     if masking.query_lengths is not None or masking.kv_lengths is not None:
         query_lengths, kv_lengths = (

@@ -11,7 +11,7 @@ from pallas_kernels.attention.reference import MODES, Masking, Mode
 SHARED_MEMORY_BYTES = 232_448
 ROWS = 64  # queries of one warpgroup: the rows of a wgmma
 HEAD_DIMS = (64, 128)
-SUM_CHANNELS = {E4M3: 8, INT8: 16}  # of ones beside the values': what wgmma takes beyond 64 or 128 columns
+SUM_CHANNELS = {None: 0, E4M3: 8, INT8: 16}  # of ones beside values: what wgmma takes beyond 64 or 128 columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,23 +24,15 @@ class Config:
         warpgroups: consumer warpgroups, each with 64 queries.
         ping_pong: whether a warpgroup waits its turn for the tensor cores, so that one multiplies while another
             computes its softmax; needs two warpgroups.
-        maxima_of_three: whether scores are compared as integers, three in an instruction; for int8 scores, which are
-            positive numbers while their offset is in them.
-        sum_by_product: whether the sum of a query's weights comes out of the product with the values, as a channel of
-            ones more, and is thus of the rounded weights; for 8-bit values.
         exponentials_by_polynomial: of every 16 weights, how many are exponentials by a polynomial, to a third of a
             percent, instead of by the special function unit; for 8-bit values.
-        absmax_by_kernel: whether the values' largest magnitudes are found by a kernel, not by XLA.
     """
 
     block_kv: int = 128
     stages: int = 2
     warpgroups: int = 2
     ping_pong: bool = True
-    maxima_of_three: bool = False
-    sum_by_product: bool = False
     exponentials_by_polynomial: int = 0
-    absmax_by_kernel: bool = False
 
     def __post_init__(self):
         if self.block_kv not in (64, 128, 192, 256):
@@ -86,11 +78,8 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, masking: Masking, mode: s
         return f"head_dim must be at most {max(HEAD_DIMS)}, got {q.shape[-1]}"
     if 0 in q.shape or 0 in k.shape:
         return f"empty operands: q {q.shape}, k {k.shape}"
-    scores, values = MODES[mode]
-    if values is None and (config.sum_by_product or config.exponentials_by_polynomial):
+    if MODES[mode].values is None and config.exponentials_by_polynomial:
         return f"{config} needs 8-bit weights, mode {mode!r} has none"
-    if scores != INT8 and config.maxima_of_three:
-        return f"{config} needs int8 scores, mode {mode!r} has none"
     bytes_needed = shared_memory(q.shape[-1], q.dtype.itemsize, MODES[mode], config)
     if bytes_needed > SHARED_MEMORY_BYTES:
         return f"{config} needs {bytes_needed} bytes of shared memory, Hopper has {SHARED_MEMORY_BYTES}"
@@ -108,5 +97,5 @@ def shared_memory(head_dim: int, float_bytes: int, mode: Mode, config: Config) -
     query_bytes = float_bytes if mode.scores is None else float_bytes + 1  # as they come, and their codes
     tile_bytes = sum(float_bytes if dtype is None else 1 for dtype in mode)
     staged = config.stages * config.block_kv
-    ones = SUM_CHANNELS[mode.values] * staged if config.sum_by_product and mode.values is not None else 0
+    ones = SUM_CHANNELS[mode.values] * staged
     return head_dim * (config.warpgroups * ROWS * query_bytes + staged * tile_bytes) + ones + 1024

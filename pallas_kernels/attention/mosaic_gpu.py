@@ -10,13 +10,15 @@ tile, not the products, are what limit the kernel:
 - a scale per query and per keys that one lane holds makes dequantization, the softmax scale and the subtraction of the
   maximum that one FMA;
 - 8-bit P V goes to a fresh accumulator per tile, and the sum's rescaling by exp2(old maximum - new maximum) is the same
-  FMA that adds it: two-level accumulation (the tensor cores keep about 14 bits for fp8) costs nothing.
+  FMA that adds it: two-level accumulation (the tensor cores keep about 14 bits for fp8) costs nothing. Nor does a scale
+  of the values per tile: the sum is kept in units of the latest.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -32,8 +34,6 @@ from pallas_kernels.attention.registers import (
     TILE,
     along_columns,
     along_rows,
-    split_columns,
-    sum_of_own_columns,
     sum_of_parts,
 )
 from pallas_kernels.attention.steps import add_values, hide, pass_turn, quantize_rows, scores, softmax
@@ -72,10 +72,10 @@ def quantized_attention(
     """
     batch, tokens, heads, _ = q.shape
     k, k_scale = keys if isinstance(keys, Keys) else (keys, None)
-    v, v_scale = values if isinstance(values, Values) else (values, None)
+    v, v_scale, v_block_scale = values if isinstance(values, Values) else (values, None, None)
     kv_heads = k.shape[2 if k_scale is None else 1]
     plan = Plan(MODES[mode], tokens, kv_tokens, heads // kv_heads, window, scale, config)
-    ones = jnp.ones((plan.sum_channels, config.block_kv), v.dtype) if config.sum_by_product else None
+    ones = np.ones((plan.sum_channels, config.block_kv), v.dtype) if plan.sum_channels else None
     call = plgpu.kernel(
         lambda operands, out, *scratch: _kernel(plan, operands, out, Shared(*scratch)),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -86,7 +86,7 @@ def quantized_attention(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    return call(Operands(q, k, k_scale, v, v_scale, lengths or (), ones))
+    return call(Operands(q, k, k_scale, v, v_scale, v_block_scale, lengths or (), ones))
 
 
 def _scratch(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array) -> Shared:
@@ -106,7 +106,7 @@ def _scratch(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array) -> Shared:
         k_free=barriers(num_arrivals=groups),
         v_free=barriers(num_arrivals=groups),
         turn=plgpu.Barrier(num_arrivals=groups),
-        ones_ready=plgpu.Barrier(num_arrivals=stages) if config.sum_by_product else None,
+        ones_ready=plgpu.Barrier(num_arrivals=stages) if plan.sum_channels else None,
     )
 
 
@@ -146,27 +146,29 @@ def _attend(plan: Plan, refs: Operands, out_ref, smem: Shared, block: Block, gro
     if config.ping_pong:
         pl.when(group == 1)(lambda: pass_turn(smem.turn))
 
+    def block_scale(tile, reciprocal: int):
+        return refs.v_block_scale[block.batch, block.kv_head, tile, reciprocal]
+
     def step(tile, state):
         acc, maximum, total = state
-        k_scale = None
-        if not plan.float_scores:  # arrives while the scores are computed
+        k_scale, rescale = None, None  # arrive while the scores are computed
+        if not plan.float_scores:
             k_scale = _per_column(refs.k_scale.at[block.batch, block.kv_head, tile])
+        if not plan.float_values:
+            rescale = block_scale(jnp.maximum(tile - 1, 0), 0) * block_scale(tile, 1)
         x = scores(plan, smem, codes, block.slot(tile))
         if tiles.masked:
             hidden = functools.partial(hide, plan, block, queries, tile)
             x = lax.cond(tiles.partly_seen(tile), hidden, lambda x: x, x)
         p, decay, maximum = softmax(plan, x, q_scale, k_scale, maximum)
-        if not config.sum_by_product:
-            total = total * decay + sum_of_own_columns(p)
-        acc, total = add_values(plan, smem, block.slot(tile), p, decay, acc, total)
+        acc, total = add_values(plan, smem, block.slot(tile), p, decay, rescale, acc, total)
         return acc, maximum, total
 
-    head_dim = rows.shape[1]
-    if config.sum_by_product:
+    if plan.sum_channels:
         plgpu.barrier_wait(smem.ones_ready)
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim + plan.sum_channels), jnp.float32), TILE)
+    acc = plgpu.layout_cast(jnp.zeros(rows.shape, jnp.float32), TILE)
     acc, _, total = lax.fori_loop(tiles.begin, tiles.end, step, (acc, _per_row(LOWEST_MAXIMUM), _per_row(0.0)))
-    acc, total = split_columns(acc, head_dim) if config.sum_by_product else (acc, sum_of_parts(total))
+    total = total if plan.sum_channels else sum_of_parts(total)
     if config.ping_pong:
         pl.when(group == 0)(lambda: pass_turn(smem.turn))
 
@@ -174,7 +176,8 @@ def _attend(plan: Plan, refs: Operands, out_ref, smem: Shared, block: Block, gro
     out = acc * along_rows(1.0 / total, acc)
     if refs.lengths:  # a query past the length may be NaN
         out = jnp.where(along_rows(queries < block.q_length, out), out, 0.0)
-    if refs.v_scale is not None:
+    if not plan.float_values:
+        out = out * block_scale(jnp.maximum(tiles.end - 1, 0), 0)
         out = out * along_columns(_per_column(refs.v_scale.at[block.batch, block.kv_head]), out)
     rows[...] = out.astype(out_ref.dtype)
     plgpu.commit_smem()
@@ -185,7 +188,7 @@ def _attend(plan: Plan, refs: Operands, out_ref, smem: Shared, block: Block, gro
 def _copy_tiles(plan: Plan, refs: Operands, smem: Shared, block: Block):
     """The producer: keys and values of every tile, each as soon as its stage is free."""
     config, tiles = plan.config, block.tiles
-    if config.sum_by_product:
+    if plan.sum_channels:
         for stage in range(config.stages):
             ones = smem.v.at[stage, pl.ds(refs.v.shape[2], plan.sum_channels)]
             plgpu.copy_gmem_to_smem(refs.ones, ones, smem.ones_ready)
@@ -201,7 +204,7 @@ def _copy_tiles(plan: Plan, refs: Operands, smem: Shared, block: Block):
         plgpu.copy_gmem_to_smem(refs.k.at[index], smem.k.at[slot], smem.k_ready.at[slot])
         pl.when(refill)(lambda: plgpu.barrier_wait(smem.v_free.at[slot]))
         index = (block.batch, keys, block.kv_head) if plan.float_values else (*head, slice(None), keys)
-        values = smem.v.at[slot, pl.ds(0, refs.v.shape[2])] if config.sum_by_product else smem.v.at[slot]
+        values = smem.v.at[slot, pl.ds(0, refs.v.shape[2])] if plan.sum_channels else smem.v.at[slot]
         plgpu.copy_gmem_to_smem(refs.v.at[index], values, smem.v_ready.at[slot])
 
 

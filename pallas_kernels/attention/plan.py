@@ -42,9 +42,8 @@ class Plan:
 
     @property
     def sum_channels(self) -> int:
-        """Channels of ones behind those of the values."""
-        values = self.mode.values
-        return 0 if values is None or not self.config.sum_by_product else SUM_CHANNELS[values]
+        """Channels of ones behind those of 8-bit values: the sum of a query's rounded weights, by the same product."""
+        return SUM_CHANNELS[self.mode.values]
 
     @property
     def offset(self) -> float:
@@ -53,15 +52,16 @@ class Plan:
 
 
 class Operands(NamedTuple):
-    """Arrays in global memory: no scale of what stays float, no lengths where there are none."""
+    """Arrays in global memory: no scales of what stays float, nor ones; no lengths where there are none."""
 
     q: Any
     k: Any
     k_scale: Any
     v: Any
     v_scale: Any
+    v_block_scale: Any  # and its reciprocal [B, K, tiles, 2]
     lengths: tuple
-    ones: Any  # [sum_channels, block_kv], None where weights are not summed by a product
+    ones: Any  # [sum_channels, block_kv]
 
 
 class Shared(NamedTuple):
@@ -77,7 +77,7 @@ class Shared(NamedTuple):
     k_free: Any
     v_free: Any
     turn: Any
-    ones_ready: Any  # None where weights are not summed by a product
+    ones_ready: Any  # None for float values
 
 
 class Block:

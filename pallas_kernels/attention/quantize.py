@@ -15,7 +15,7 @@ LOG2_E = math.log2(math.e)
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 INT8 = jnp.dtype(jnp.int8)
 LARGEST_CODE = {INT8: 127.0, E4M3: 448.0}
-MEAN_TOKENS = 512
+SAMPLE_TOKENS = 128
 SMALLEST_ABSMAX = 1e-12  # keeps the scale of an all-zero group, and the product of two of them, positive
 
 
@@ -30,10 +30,14 @@ class Keys(NamedTuple):
 
 
 class Values(NamedTuple):
-    """Quantized values, transposed for 8-bit products: codes [B, N, H, S] and scales [B, N, H]."""
+    """Quantized values, transposed for 8-bit products, S padded with zeros to whole blocks.
+
+    codes [B, N, H, S]; a scale per channel [B, N, H], and one per block of tokens [B, N, S / block], which multiply.
+    """
 
     codes: jax.Array
     scale: jax.Array
+    block_scale: jax.Array
 
 
 def quantize_queries(q: jax.Array, scale: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -57,24 +61,46 @@ def quantize_keys(k: jax.Array, dtype: jnp.dtype, block: int, lengths: jax.Array
 
 
 def keys_mean(k: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """The mean over at least `MEAN_TOKENS` evenly spaced valid tokens of keys [B, S, N, H]: [B, N, H].
+    """The mean over at least `SAMPLE_TOKENS` evenly spaced tokens, of the valid ones, of keys [B, S, N, H]: [B, N, H].
 
     Any shift common to all keys of a head leaves softmax as it is; a sample's mean removes a channel's bias as well
     as the whole mean does, for a fraction of the reading.
     """
-    stride = max(1, k.shape[1] // MEAN_TOKENS)
-    sample = k[:, ::stride].astype(jnp.float32)
-    if lengths is None:
-        return jnp.mean(sample, axis=1)
-    count = jnp.maximum((lengths + stride - 1) // stride, 1)
+    sample, count = _sample(k, lengths)
+    if count is None:
+        return jnp.mean(sample.astype(jnp.float32), axis=1)
+    count = jnp.maximum(count, 1)
     return jnp.sum(_valid(sample, count), axis=1) / count.astype(jnp.float32)[:, None, None]
 
 
 def quantize_values(v: jax.Array, dtype: jnp.dtype, block: int, lengths: jax.Array | None = None) -> Values:
-    """Quantizes values [B, S, N, H] per channel of each head, over the valid tokens."""
-    absmax = values_absmax(v, lengths)
-    codes = round_to(_valid(v, lengths) * (LARGEST_CODE[dtype] / absmax)[:, None], dtype)
-    return Values(_pad_tokens(codes.transpose(0, 2, 3, 1), 3, block), absmax * (1 / LARGEST_CODE[dtype]))
+    """Quantizes values [B, S, N, H] per channel of each head and per block of tokens."""
+    scale = channel_scale(v, dtype, lengths)
+    relative = _valid(v, lengths) * (1 / scale)[:, None]
+    relative = _pad_tokens(relative.transpose(0, 2, 3, 1), 3, block)
+    blocks = relative.reshape(*relative.shape[:3], -1, block)
+    absmax = absmax_of(blocks, (2, 4))
+    codes = round_to(blocks * (LARGEST_CODE[dtype] / absmax)[:, :, None, :, None], dtype)
+    return Values(codes.reshape(relative.shape), scale, absmax * (1 / LARGEST_CODE[dtype]))
+
+
+def channel_scale(v: jax.Array, dtype: jnp.dtype, lengths: jax.Array | None) -> jax.Array:
+    """How large each channel of values [B, S, N, H] is, beside the others of its head: positive [B, N, H].
+
+    The scales of blocks are exact whatever this is. Codes of 8-bit floats have digits to spare for a channel that is
+    small beside the largest of its block, so a sample's magnitudes do, but for a channel that the sample has no sign
+    of: none counts for less than 1/64 of the largest. Integers need the true largest magnitudes.
+    """
+    if dtype == INT8:
+        return values_absmax(v, lengths)
+    absmax = values_absmax(*_sample(v, lengths))
+    return jnp.maximum(absmax, jnp.max(absmax, axis=2, keepdims=True) * 2.0**-6)
+
+
+def _sample(x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """At least `SAMPLE_TOKENS` evenly spaced tokens of x [B, S, N, H] where it has them, and how many are valid."""
+    stride = max(1, x.shape[1] // SAMPLE_TOKENS)
+    return x[:, ::stride], None if lengths is None else (lengths + stride - 1) // stride
 
 
 def values_absmax(v: jax.Array, lengths: jax.Array | None) -> jax.Array:

@@ -62,12 +62,15 @@ def attention_reference(
     p = jnp.exp2(scores - jnp.where(jnp.isneginf(largest), 0.0, largest))
     total = jnp.sum(p, axis=-1)  # of the unrounded weights
     if values_dtype is None:
-        values, step = v.transpose(0, 2, 3, 1), jnp.ones(v.shape[:1] + v.shape[2:], jnp.float32)
-        p = p.astype(v.dtype)
+        values, p = v.transpose(0, 2, 3, 1), p.astype(v.dtype)
     else:
-        values, v_scale = quantize_values(v, values_dtype, 1, masking.kv_lengths)
-        p, step = round_to(p * LARGEST_CODE[values_dtype], values_dtype), v_scale * (1 / LARGEST_CODE[values_dtype])
-    out = _grouped_outputs(p, values) * jnp.repeat(step, q.shape[2] // k.shape[2], axis=1)[:, None]
+        codes, scale, block_scale = quantize_values(v, values_dtype, block, masking.kv_lengths)
+        step = scale[..., None] * jnp.repeat(block_scale, block, axis=2)[:, :, None]
+        values = (codes.astype(jnp.float32) * step)[..., : v.shape[1]]
+        p = round_to(p * LARGEST_CODE[values_dtype], values_dtype).astype(jnp.float32) * (
+            1 / LARGEST_CODE[values_dtype]
+        )
+    out = _grouped_outputs(p, values)
     total = total.transpose(0, 2, 1)[..., None]
     return (out / jnp.where(total == 0, 1.0, total)).astype(q.dtype)  # a query that sees no key yields zeros
 
@@ -113,6 +116,5 @@ def _grouped_outputs(p: jax.Array, v: jax.Array) -> jax.Array:
     """[B, T, N, H] products of weights p [B, N, T, S] and values v [B, K, H, S], in float32."""
     batch, heads, tokens, keys = p.shape
     p = p.reshape(batch, v.shape[1], heads // v.shape[1], tokens, keys)
-    accumulator = jnp.int32 if p.dtype == jnp.int8 else jnp.float32
-    out = jnp.einsum("bkgts,bkhs->btkgh", p, v, preferred_element_type=accumulator).astype(jnp.float32)
+    out = jnp.einsum("bkgts,bkhs->btkgh", p, v, preferred_element_type=jnp.float32)
     return out.reshape(batch, tokens, heads, v.shape[2])

@@ -48,10 +48,10 @@ def repeat_columns(x, columns: int):
     return repeat(x)  # pyright: ignore[reportCallIssue] - the context is passed by the decorator
 
 
-def largest_of_columns(x, *, as_integers: bool = False):
+def largest_of_columns(x, *, positive: bool):
     """The maxima [rows, 8] of x [rows, columns] over columns that are equal modulo 8: no lane asks another.
 
-    Numbers that are positive, or -inf, order as their bits do as integers, of which one instruction compares three.
+    Numbers that are `positive`, or -inf, order as their bits do as integers, of which one instruction compares three.
     """
     shape = (x.shape[0], QUAD_COLUMNS)
 
@@ -59,7 +59,7 @@ def largest_of_columns(x, *, as_integers: bool = False):
     def largest(ctx, x):
         pair, words = (ir.VectorType.get((2,), t) for t in (ir.F32Type.get(), ir.IntegerType.get_signless(32)))
         values, larger = x.registers.copy(), arith.maximumf
-        if as_integers:
+        if positive:
             larger = arith.maxsi
             for index in np.ndindex(values.shape):
                 values[index] = vector.bitcast(words, values[index])
@@ -67,7 +67,7 @@ def largest_of_columns(x, *, as_integers: bool = False):
         for block in range(1, values.shape[1]):
             for index in np.ndindex(registers.shape):
                 registers[index] = larger(registers[index], values[(index[0], block, *index[2:])])
-        if as_integers:
+        if positive:
             for index in np.ndindex(registers.shape):
                 registers[index] = vector.bitcast(pair, registers[index])
         return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)

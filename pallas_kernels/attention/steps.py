@@ -22,6 +22,8 @@ from pallas_kernels.attention.registers import (
     powers_of_two,
     repeat_columns,
     round_to_operand,
+    split_columns,
+    sum_of_own_columns,
 )
 from pallas_kernels.attention.tiles import visible_columns
 
@@ -52,7 +54,7 @@ def softmax(plan: Plan, x, q_scale, k_scale, maximum):
     Dequantization, softmax scale, offset, maximum and the fixed scale of 8-bit weights are one FMA per score.
     """
     log_scale = 0.0 if plan.mode.values is None else math.log2(LARGEST_CODE[plan.mode.values])
-    largest = largest_of_columns(x, as_integers=plan.config.maxima_of_three)
+    largest = largest_of_columns(x, positive=plan.offset > 0)
     if plan.float_scores:
         step_size = plan.scale * LOG2_E
         new_maximum = jnp.maximum(maximum, jnp.max(largest, axis=1) * step_size)
@@ -69,11 +71,12 @@ def softmax(plan: Plan, x, q_scale, k_scale, maximum):
     return p, decay, new_maximum
 
 
-def add_values(plan: Plan, smem: Shared, slot, p, decay, acc, total):
-    """The decayed sum plus P V of one tile; `total` passes through, to be computed before the product."""
+def add_values(plan: Plan, smem: Shared, slot, p, decay, rescale, acc, total):
+    """The decayed sums of P V and of P plus those of one tile; `rescale` is of P V alone, for 8-bit values."""
     dtype = plan.mode.values
     if dtype is None:
         weights, acc = p.astype(smem.v.dtype), acc * along_rows(decay, acc)
+        total = total * decay + sum_of_own_columns(p)
         weights, acc, total = lax.optimization_barrier((weights, acc, total))
     else:
         weights = round_to_operand(p, dtype)
@@ -85,8 +88,10 @@ def add_values(plan: Plan, smem: Shared, slot, p, decay, acc, total):
     if dtype is None:
         acc = added_product(lambda ref: plgpu.wgmma(ref, weights, smem.v.at[slot]), acc)
     else:
-        part = fresh_product(lambda ref: plgpu.wgmma(ref, weights, smem.v.at[slot].T), acc.shape, dtype)
-        acc = acc * along_rows(decay, acc) + (part - MAGIC if dtype == INT8 else part)
+        shape = ROWS, acc.shape[1] + plan.sum_channels
+        part = fresh_product(lambda ref: plgpu.wgmma(ref, weights, smem.v.at[slot].T), shape, dtype)
+        part, part_of_total = split_columns(part - MAGIC if dtype == INT8 else part, acc.shape[1])
+        acc, total = acc * along_rows(decay * rescale, acc) + part, total * decay + part_of_total
     plgpu.barrier_arrive(smem.v_free.at[slot])
     return acc, total
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.aot
         ("d128_s8192_full", "int8_fp8", None),
         ("d128_s2048_causal", "int8_fp8", None),
         ("d128_s8192_causal", "int8_f16", None),
-        ("d64_s2048_causal", "int8_fp8", Config(128, 2, 3, False, True, True, 2)),
+        ("d64_s2048_causal", "int8_fp8", Config(128, 2, 3, False, 2)),
         ("lengths", "int8_int8", None),
         ("padded_head_dim", "f16_fp8", None),
     ],

@@ -238,12 +238,12 @@ def test_columns_outside_the_bounds_are_hidden(rng, on_threads, columns):
         np.testing.assert_array_equal(registers.keep_columns(x, begin, last), np.where(seen, x, -np.inf))
 
 
-@pytest.mark.parametrize("as_integers", [False, True])
-def test_largest_of_columns(rng, on_threads, as_integers):
+@pytest.mark.parametrize("positive", [False, True])
+def test_largest_of_columns(rng, on_threads, positive):
     x = scores(rng, 128)
     x[5] = -np.inf
     expected = x.reshape(64, 16, 8).max(axis=1)
-    np.testing.assert_array_equal(registers.largest_of_columns(x, as_integers=as_integers), expected)
+    np.testing.assert_array_equal(registers.largest_of_columns(x, positive=positive), expected)
 
 
 def test_columns_repeat_and_split(rng, on_threads):
