@@ -25,6 +25,7 @@ SPEED = {
     f"b{batch}_s{tokens}": Case(batch, tokens)
     for batch, tokens in ((16, 4096), (128, 8192), (64, 8192), (16, 32768), (64, 4096), (64, 32768))
 }
+SPEED |= {f"b64_s8192_pages{size}": Case(64, 8192, page_size=size) for size in (64, 256)}
 
 # Ragged lengths, groups, pages: what must be right, not fast.
 CORRECTNESS = {

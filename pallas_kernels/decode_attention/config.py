@@ -30,14 +30,18 @@ class Config:
         block: tokens of one tile.
         stages: tiles in flight of one block of threads.
         split: blocks of one cluster, which share the context of a sequence and head.
-        merge_in_tiles: whether the sums of the cluster's blocks take the place of the tiles, once all are done with
-            theirs: more blocks fit on a multiprocessor.
+        span: tokens of values that are brought to the L2 cache at a time, or 0: a row of a tile is a piece of
+            memory too short for DRAM.
+        teams: warpgroups of a block, which share its part of the context; 2 need a split of at least 2.
+        spread: whether every warp starts some of a tile's copies, instead of one all.
     """
 
     block: int = 64
     stages: int = 3
     split: int = 1
-    merge_in_tiles: bool = False
+    span: int = 0
+    spread: bool = False
+    teams: int = 1
 
     def __post_init__(self):
         if self.block not in (64, 128):
@@ -46,8 +50,10 @@ class Config:
             raise ValueError(f"stages must be positive, got {self.stages}")
         if not 1 <= self.split <= LARGEST_SPLIT:
             raise ValueError(f"split must be from 1 to {LARGEST_SPLIT}, got {self.split}")
-        if self.merge_in_tiles and self.split == 1:
-            raise ValueError("merge_in_tiles needs a split of at least 2")
+        if self.span not in (0, 128, 256):
+            raise ValueError(f"span must be 0, 128 or 256, got {self.span}")
+        if self.teams not in (1, 2) or self.teams > self.split:
+            raise ValueError(f"teams must be 1, or 2 with a split of at least 2, got {self.teams} and {self.split}")
 
 
 def default_config(q: jax.Array, cache: Cache) -> Config:
@@ -119,16 +125,12 @@ def shared_memory(q: jax.Array, cache: Cache, config: Config) -> int:
         tiles += 4 * [2 * staged * head_dim // GROUP_SIZE]
     elif cache.bits == 8:
         tiles += 2 * [4 * staged]
-    sums = [4 * (config.split - 1) * rows * group for rows in (head_dim, STATISTIC_ROWS, STATISTIC_ROWS)]
+    sums = [4 * (config.split * config.teams - 1) * rows * group for rows in (head_dim, STATISTIC_ROWS, STATISTIC_ROWS)]
     if cache.recent_k is not None:
         tiles = [max(sum(map(_aligned, tiles)), 2 * 2 * block * head_dim)]
         buffers += [2 * group * head_dim, 2 * group * block]
-    if config.merge_in_tiles:
-        tiles = [max(sum(map(_aligned, tiles)), sum(map(_aligned, sums)))]
-    else:
-        buffers += sums
     barriers = 8 * (config.stages + 4)
-    return sum(map(_aligned, tiles + buffers)) + barriers
+    return config.teams * (sum(map(_aligned, tiles + buffers)) + barriers) + sum(map(_aligned, sums))
 
 
 def _aligned(size: int) -> int:

@@ -18,7 +18,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import nvvm
 
 from pallas_kernels._shared_memory import tiled
 from pallas_kernels.decode_attention import operand
@@ -32,6 +31,7 @@ LOWEST_MAXIMUM = -1e30  # finite, so that a block without tokens weighs 0 and no
 VALUE_TOKENS = 32  # of one product of the output: few enough that their operand leaves registers for four blocks
 LOG2_E = math.log2(math.e)
 GROUP = operand.GROUP
+WARPS = 4
 
 
 def decode_attention_mosaic_gpu(
@@ -43,19 +43,20 @@ def decode_attention_mosaic_gpu(
     queries = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     operands = {"q": queries, "lengths": lengths} | {k: x for k, x in cache._asdict().items() if x is not None}
     plan = _Plan(scale, config, cache.bits, cache.grouped, cache.k.dtype != q.dtype, cache.recent_k is not None)
+    teams = {"num_threads": config.teams, "thread_name": "team"} if config.teams > 1 else {}
     call = plgpu.kernel(
         lambda *refs: pl.run_scoped(
             functools.partial(_kernel, plan, dict(zip(operands, refs, strict=False)), refs[-1]),
-            _scratch(plan, operands),
+            [_scratch(plan, operands, team) for team in range(config.teams)],
+            collective_axes=tuple(teams.values())[1:],
         ),
         out_type=jax.ShapeDtypeStruct(queries.shape, q.dtype),
         grid=(kv_heads, batch),
         grid_names=("head", "batch"),
         cluster=(config.split,),
         cluster_names=("split",),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=REDUCTION_BYTES
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        **teams,
     )
     return call(*operands.values()).reshape(q.shape)
 
@@ -82,17 +83,18 @@ class _Plan:
         return {name: count for name, count in tokens.items() if name in operands}
 
 
-def _scratch(plan: _Plan, operands: dict) -> dict:
-    """Shared memory and barriers, by name."""
+def _scratch(plan: _Plan, operands: dict, team: int) -> dict:
+    """Shared memory and barriers of a team, by name; the first has room for the sums of all others of the cluster."""
     q, config = operands["q"], plan.config
     head_dim, group = q.shape[3], padded_group(q.shape[1] * q.shape[2], q.shape[1])
-    stages, block, others = config.stages, config.block, config.split - 1
+    stages, block, others = config.stages, config.block, config.split * config.teams - 1
     copied = plan.copied(operands)
     dtype = operand.DTYPE if plan.coded else q.dtype
     scratch = {
         "rows": plgpu.SMEM((group, head_dim), q.dtype),  # queries as they come, outputs as they go
         "q": tiled((group, head_dim), dtype, head_dim // 2 if plan.coded else None),
         "p": tiled((group, block), dtype, VALUE_TOKENS if plan.coded else None),
+        "reduction": plgpu.SMEM((REDUCTION_BYTES // 4,), jnp.float32),
         "q_ready": plgpu.Barrier(),
         "ready": plgpu.Barrier(num_barriers=stages, num_arrivals=len(copied)),
     }
@@ -108,13 +110,10 @@ def _scratch(plan: _Plan, operands: dict) -> dict:
         scratch |= {"recent_q": tiled((group, head_dim), dtype), "recent_p": tiled((group, block), dtype)}
         scratch |= {f"{name}_ready": plgpu.Barrier() for name in recent}
         in_turn.append(recent)
-    if others:
+    if others and team == 0:
         rows = {"partial": head_dim, "maximum": STATISTIC_ROWS, "total": STATISTIC_ROWS}
         sums = {name: tiled((others, count, group), jnp.float32) for name, count in rows.items()}
-        if config.merge_in_tiles:
-            in_turn.append(sums)
-        else:
-            scratch |= sums
+        scratch |= sums
         scratch["arrived"] = plgpu.Barrier(num_arrivals=3 * others)
     return scratch | (tiles if len(in_turn) == 1 else {"tiles": plgpu.RefUnion(*in_turn)})
 
@@ -146,19 +145,34 @@ class _Tiles:
         return jnp.where(tile < self.coded, tile, tile - self.coded + self.first_recent) * self.block
 
 
-def _kernel(plan: _Plan, refs: dict, out_ref, smem: dict):
-    """One block: its share of the tokens of one sequence and key head."""
+def _kernel(plan: _Plan, refs: dict, out_ref, scratch: list[dict]):
+    """One block: each of its teams with its own shared memory."""
+    sums = {name: scratch[0][name] for name in ("partial", "maximum", "total", "arrived") if name in scratch[0]}
+    for team, smem in enumerate(scratch):
+        run = functools.partial(_attend, plan, refs, out_ref, smem | sums, team)
+        if plan.config.teams == 1:
+            run()
+        else:
+            pl.when(lax.axis_index("team") == team)(run)
+
+
+def _attend(plan: _Plan, refs: dict, out_ref, smem: dict, team: int):
+    """One team: its share of the tokens of one sequence and key head."""
     for part in smem.get("tiles", ()):
         smem = smem | part
     batch, head, rank = (lax.axis_index(name) for name in ("batch", "head", "split"))
-    stages, split = plan.config.stages, plan.config.split
+    stages, split = plan.config.stages, plan.config.split * plan.config.teams
+    if plan.config.teams > 1:
+        rank = rank * plan.config.teams + team
     tiles = _Tiles(plan, refs, batch)
     first, last = (lax.div((rank + i) * tiles.count, jnp.int32(split)) for i in range(2))
-    fetch = functools.partial(_by_one_warp, functools.partial(_fetch, plan, refs, smem, tiles, batch, head, first))
-    fetch_recent = functools.partial(_by_one_warp, functools.partial(_fetch_recent, refs, smem, tiles, batch, head))
+    by_warps = functools.partial(_by_warps, plan)
+    fetch_recent = functools.partial(by_warps, functools.partial(_fetch_recent, refs, smem, tiles, batch, head))
 
     plgpu.copy_gmem_to_smem(refs["q"].at[batch, head], smem["rows"].at[pl.ds(0, refs["q"].shape[2])], smem["q_ready"])
     coded_last = jnp.minimum(last, tiles.coded) if plan.ring else last
+    tile_copies = functools.partial(_tile_copies, plan, refs, smem, tiles, batch, head, first, coded_last)
+    fetch = functools.partial(by_warps, tile_copies)
     for i in range(stages):
         pl.when(first + i < coded_last)(lambda i=i: fetch(first + i))
     plgpu.barrier_wait(smem["q_ready"])
@@ -178,7 +192,7 @@ def _kernel(plan: _Plan, refs: dict, out_ref, smem: dict):
         scale = None
         if plan.coded and not plan.grouped and not recent:
             scale = operand.token_order(smem["v_scale"].at[slot])
-        p, decay, state = _softmax(jnp.where(seen, x, -jnp.inf), scale, state)
+        p, decay, state = _softmax(jnp.where(seen, x, -jnp.inf), scale, state, smem["reduction"])
         weights = smem["recent_p" if recent else "p"]
         weights.T[...] = jnp.where(seen, p, 0.0).astype(weights.dtype)
         plgpu.commit_smem()
@@ -204,45 +218,79 @@ def _kernel(plan: _Plan, refs: dict, out_ref, smem: dict):
         pl.when(first_recent < last)(lambda: fetch_recent(first_recent))
         state = lax.fori_loop(first_recent, last, functools.partial(step, recent=True), state)
     acc, maximum, total = state
-    state = acc, maximum, jnp.sum(total, axis=0)
+    state = acc, maximum, _over_rows("add", total, smem["reduction"])
     if split == 1:
         return _store(state, out_ref.at[batch, head], smem)
-    if plan.config.merge_in_tiles:
-        _synchronize_cluster()  # the first block has read the last of its tiles
     pl.when(rank != 0)(lambda: _send(state, rank, smem))
     pl.when(rank == 0)(lambda: _store(_merge(state, smem), out_ref.at[batch, head], smem))
 
 
-def _by_one_warp(copy, tile):
-    """Starts the copies of a tile from one warp: the others go on to what they compute."""
+def _by_warps(plan: _Plan, copies, tile):
+    """Starts the copies of a tile, each from one warp: the others go on to what they compute."""
 
     @plgpu.warp_map
     def _(warp):
-        pl.when(warp == 0)(lambda: copy(tile))
+        if plan.config.spread:
+            for i, copy in enumerate(copies(tile)):
+                pl.when(warp == i % WARPS)(copy)
+        else:
+            pl.when(warp == 0)(lambda: [copy() for copy in copies(tile)] and None)
 
 
-def _fetch(plan: _Plan, refs: dict, smem: dict, tiles: _Tiles, batch, head, first, tile):
-    """Starts the copies of a tile to its slot."""
+def _tile_copies(plan: _Plan, refs: dict, smem: dict, tiles: _Tiles, batch, head, first, last, tile) -> list:
+    """What starts the copies of a tile to its slot."""
     slot = lax.rem(tile - first, jnp.int32(plan.config.stages))
-    sequence, start = batch, tiles.first_token(tile)
-    if "page_table" in refs:
-        page_size = jnp.int32(refs["v"].shape[3])
-        sequence = refs["page_table"][batch, lax.div(start, page_size)]
-        start = lax.rem(start, page_size)
-    for name, count in plan.copied(refs).items():
+
+    def place(tile):
+        sequence, start = batch, tiles.first_token(tile)
+        if "page_table" in refs:
+            page_size = jnp.int32(refs["v"].shape[3])
+            sequence = refs["page_table"][batch, lax.div(start, page_size)]
+            start = lax.rem(start, page_size)
+        return sequence, start
+
+    def copy(name, count):
+        if name == "v":
+            prefetch_values()
+        sequence, start = place(tile)
         per_tile = plan.config.block // count
         tokens = pl.ds(lax.div(start, jnp.int32(per_tile)), count)
         part = refs[name].at[sequence, head]
         part = part.at[:, tokens] if _token_axis(name, part.shape) else part.at[tokens]
         plgpu.copy_gmem_to_smem(part, smem[name].at[slot], smem["ready"].at[slot])
 
+    def prefetch_values():
+        span = plan.config.span
+        if not span or ("page_table" in refs and refs["v"].shape[3] % span):
+            return
+        per_span = jnp.int32(span // plan.config.block)
 
-def _fetch_recent(refs: dict, smem: dict, tiles: _Tiles, batch, head, tile):
-    """Starts the copies of a tile's recent tokens, which the ring has side by side."""
-    slot = lax.rem(tiles.first_token(tile), jnp.int32(refs["recent_k"].shape[2]))
-    tokens = pl.ds(slot, tiles.block)
-    plgpu.copy_gmem_to_smem(refs["recent_k"].at[batch, head, tokens], smem["recent_k"], smem["recent_k_ready"])
-    plgpu.copy_gmem_to_smem(refs["recent_v"].at[batch, head, :, tokens], smem["recent_v"], smem["recent_v_ready"])
+        def prefetch(index):
+            sequence, start = place(index * per_span)
+            plgpu.async_prefetch(refs["v"].at[sequence, head, :, pl.ds(start, span)])
+
+        current = lax.div(tile, per_span)
+        pl.when(tile == first)(lambda: prefetch(current))
+        begins = (tile == first) | (lax.rem(tile, per_span) == 0)
+        pl.when(begins & ((current + 1) * per_span < last))(lambda: prefetch(current + 1))
+
+    return [functools.partial(copy, name, count) for name, count in plan.copied(refs).items()]
+
+
+def _fetch_recent(refs: dict, smem: dict, tiles: _Tiles, batch, head, tile) -> list:
+    """What starts the copies of a tile's recent tokens, which the ring has side by side."""
+
+    def copy_keys():
+        slot = lax.rem(tiles.first_token(tile), jnp.int32(refs["recent_k"].shape[2]))
+        tokens = pl.ds(slot, tiles.block)
+        plgpu.copy_gmem_to_smem(refs["recent_k"].at[batch, head, tokens], smem["recent_k"], smem["recent_k_ready"])
+
+    def copy_values():
+        slot = lax.rem(tiles.first_token(tile), jnp.int32(refs["recent_k"].shape[2]))
+        tokens = pl.ds(slot, tiles.block)
+        plgpu.copy_gmem_to_smem(refs["recent_v"].at[batch, head, :, tokens], smem["recent_v"], smem["recent_v_ready"])
+
+    return [copy_keys, copy_values]
 
 
 def _spread_queries(plan: _Plan, smem: dict):
@@ -259,12 +307,6 @@ def _spread_queries(plan: _Plan, smem: dict):
 @plgpu.inline_mgpu()
 def _synchronize_warpgroup(_=None):
     mgpu.utils.warpgroup_barrier()
-
-
-@plgpu.inline_mgpu()
-def _synchronize_cluster(_=None):
-    nvvm.cluster_arrive(aligned=True)
-    nvvm.cluster_wait(aligned=True)
 
 
 def _scores(plan: _Plan, smem: dict, slot, recent: bool):
@@ -313,7 +355,7 @@ def _product(operands, shape: tuple[int, int]):
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
-def _softmax(x, scale, state):
+def _softmax(x, scale, state, scratch):
     """Weights of a tile's scores x, the decay of what was summed before, and the state with its statistics.
 
     The scale of a token's values, if not None, belongs to its weight. It enters as its logarithm, before the maximum is
@@ -322,13 +364,26 @@ def _softmax(x, scale, state):
     """
     acc, maximum, total = state
     scaled = x if scale is None else x + _along_rows(jnp.log2(scale), x)
-    new_maximum = jnp.maximum(maximum, jnp.max(scaled, axis=0))
+    new_maximum = jnp.maximum(maximum, _over_rows("max", scaled, scratch))
     decay = jnp.exp2(maximum - new_maximum)
     p = weights = jnp.exp2(scaled - _along_columns(new_maximum, x))
     if scaled is not x:
         weights = jnp.exp2(x - _along_columns(new_maximum, x))
     total = total * _along_columns(decay, total) + weights
     return p, decay, (acc, new_maximum, total)
+
+
+def _over_rows(op: str, x, scratch):
+    """The sum or maximum of each column of x, through shared memory of the warpgroup's own."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((x.shape[1],), jnp.float32, PER_COLUMN),
+    )
+    def reduce(_, x, scratch):
+        return x.reduce(op, 0, scratch)
+
+    return reduce(x, scratch)  # pyright: ignore[reportCallIssue] - the context is passed by the decorator
 
 
 def _send(state, rank, smem: dict):
@@ -347,7 +402,8 @@ def _merge(state, smem: dict):
     plgpu.barrier_wait(smem["arrived"])
     for other in range(smem["partial"].shape[0]):
         other_maximum, other_total = (
-            jnp.max(plgpu.load(smem[name].at[other], layout=TILE), axis=0) for name in ("maximum", "total")
+            _over_rows("max", plgpu.load(smem[name].at[other], layout=TILE), smem["reduction"])
+            for name in ("maximum", "total")
         )
         new_maximum = jnp.maximum(maximum, other_maximum)
         ours, theirs = jnp.exp2(maximum - new_maximum), jnp.exp2(other_maximum - new_maximum)
