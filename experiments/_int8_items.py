@@ -96,9 +96,14 @@ def quant_items() -> list[dict]:
         for dtype in DTYPES
     ]
     return items + [
-        {"what": "quant", "shape": shape, "dtype": dtype, "group": group}
+        {"what": "quant", "shape": shape, "dtype": dtype, "group": group, "norm": norm}
         for shape in QUANT_SHAPES
-        for dtype, group in (("int8", None), ("float8_e4m3fn", None), ("float8_e4m3fn", 128))
+        for dtype, group, norm in (
+            ("int8", None, False),
+            ("int8", None, True),
+            ("float8_e4m3fn", None, False),
+            ("float8_e4m3fn", 128, False),
+        )
     ]
 
 

@@ -175,7 +175,7 @@ def _verify_quant(item: dict) -> dict:
 
 
 def _time_quant(item: dict) -> dict:
-    """The quantization kernel and XLA's program on one activation, rotated past the L2 cache."""
+    """The quantization kernel and XLA's program on one activation, perhaps normalised, rotated past the L2 cache."""
     import jax
     import jax.numpy as jnp
 
@@ -186,10 +186,11 @@ def _time_quant(item: dict) -> dict:
     copies = _clock.rotations(2 * m * k) if m > 256 else 8
     xs = [jax.random.normal(jax.random.key(item["seed"] + i), (m, k), jnp.bfloat16) for i in range(copies)]
     result = {"bytes": m * k * 3 + 4 * m * (k // item["group"] if item["group"] else 1)}
+    options = {"dtype": item["dtype"], "group_size": item["group"]}
+    if item["norm"]:
+        options |= {"norm_weight": jnp.full((k,), 1.5, jnp.bfloat16), "epsilon": 1e-6}
     for implementation in ("mosaic_gpu", "xla"):
-        quantize = functools.partial(
-            activation_quant, dtype=item["dtype"], group_size=item["group"], implementation=implementation
-        )
+        quantize = functools.partial(activation_quant, implementation=implementation, **options)
         compiled = jax.jit(lambda xs, quantize=quantize: [quantize(x) for x in xs]).lower(xs).compile()
         with _workers.device_turn():
             result[f"{implementation}_us"] = _clock.kernel_microseconds(compiled, (xs,), calls=copies, iterations=7)
@@ -250,7 +251,7 @@ def _quantization_bars(results: list[dict]) -> list[dict]:
     rate = next((r["copy_bytes_per_s"] for r in results if "copy_bytes_per_s" in r), None)
     return [
         _bars.bar(
-            f"quantize {r['shape']} {r['dtype']} group {r['group']} of the copy rate",
+            f"quantize {r['shape']} {r['dtype']} group {r['group']}{' RMSNorm' * bool(r.get('norm'))} of the copy rate",
             r["mosaic_gpu_us"],
             r["bytes"] / rate * 1e6,
             0.80,
@@ -264,7 +265,7 @@ def main():
     parser = _bench.parser(
         __doc__,
         shapes=["llama3-8b/o", "llama3-70b/o", "llama3-8b/gate_up"],
-        tokens=[4096, 1024, 16, 128, 1, 64, 256],
+        tokens=[4096, 1024, 16, 128, 1, 64, 256, 32],
         seconds=230,
     )
     parser.add_argument("--only", nargs="*", default=list(STEPS), choices=STEPS)
@@ -284,7 +285,7 @@ def main():
         "sweep": _int8_items.sweep_items(),
     }
     deadline, results = time.monotonic() + options.seconds, []
-    where = ("what", "shape", "m", "k", "n", "dtype", "form", "group")
+    where = ("what", "shape", "m", "k", "n", "dtype", "form", "group", "norm")
     shown = functools.partial(_bench.show, where=where, hidden=("tokens",))
     # Within a phase workers choose items by what they have in memory. PyTorch's profiler keeps CUPTI to itself for the
     # rest of a process, so its measurements have processes of their own; XLA's programs are searched for at the device.

@@ -60,7 +60,7 @@ def sweep_items(shapes: list[str], tokens: list[int], forms: list[str]) -> list[
 
 def measure(item: dict) -> dict:
     """One item, in a worker."""
-    return {"verify": _verify, "time": _time, "torch": _time_torch, "sweep": _sweep}[item["what"]](item)
+    return {"verify": _verify, "time": _time, "torch": time_torch, "sweep": _sweep}[item["what"]](item)
 
 
 def _product(item: dict, **options):
@@ -144,8 +144,8 @@ def _time(item: dict) -> dict:
     return result
 
 
-def _time_torch(item: dict) -> dict:
-    """torch.mm in bfloat16."""
+def time_torch(item: dict) -> dict:
+    """torch.mm in bfloat16: of an item, its `shape` and `m`."""
     import torch
 
     from experiments import _clock

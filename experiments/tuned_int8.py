@@ -62,12 +62,12 @@ def faster_by_xla(results: list[dict], tuned: list[dict]) -> list[dict]:
 
 def kept(results: list[dict]) -> dict[tuple, dict]:
     """Measurements that are no part of a sweep and whose check, if any, passed, by what they measured."""
-    names = ("what", "shape", "m", "dtype", "form", "group", "tokens")
+    names = ("what", "shape", "m", "dtype", "form", "group", "norm", "tokens")
     rows = {}
     for r in results:
         swept = r["what"] not in ("time", "xla", "quant", "torch", "peaks") or r.get("config")
         if not swept and "error" not in r and r.get("ok", True):
-            rows[tuple(str(r.get(name)) for name in names)] = r
+            rows[tuple(str(r.get(name) or None) for name in names)] = r
     return rows
 
 
