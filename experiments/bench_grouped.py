@@ -27,7 +27,7 @@ from experiments import _bars, _bench, _workers
 from experiments._clock import microseconds_of_each_kernel, rotations
 from experiments._grouped import FORMATS, GROUP, TOLERANCE, compiled_error, drawn, group_sizes, room_for
 from pallas_kernels.grouped_matmul import Config, default_config, grouped_matmul, supports
-from pallas_kernels.grouped_matmul.cases import LAYERS, SIZES, TOKENS
+from pallas_kernels.grouped_matmul.cases import LAYERS, SIZES, STRAINED, TOKENS
 
 PEERS = pathlib.Path(__file__).parent / "results" / "peers_grouped_h200.json"
 READ = {"NVIDIA H200": 4.3e12, "NVIDIA H100 80GB HBM3": 3.0e12}  # bytes a second of a large copy
@@ -87,7 +87,9 @@ def bars(rows: list[dict]) -> list[dict]:
 
 def items(arguments) -> list[dict]:
     """The rows to run, most wanted first."""
-    found = [{"shape": name, "m": 0, "sizes": name} for name in SIZES] if arguments.checks else []
+    found = []
+    if arguments.checks:
+        found = [{"shape": "strained", "m": i, "checks": i} for i in range(len(STRAINING))]
     for m, layer, form in itertools.product(arguments.tokens, arguments.layers, arguments.formats):
         item = {"shape": layer, "m": m, "format": form, "activation": arguments.activation}
         cuts = candidates(layer, m, form) if arguments.sweep else [None]
@@ -109,41 +111,30 @@ def candidates(layer: str, m: int, form: str) -> list[dict | None]:
     usual = default_config(m * top, experts, k, n, groups, x_dtype, weight_dtype)
     takes = functools.partial(supports, k, groups, x_dtype, weight_dtype)
     cuts = [usual]
-    for change in (*_split_cuts(usual), *_cuts(usual, weight_dtype, x_dtype)):
+    for change in _cuts(usual, weight_dtype):
         cut = dataclasses.replace(usual, **change)
         fitting = (dataclasses.replace(cut, num_stages=stages) for stages in range(8, 1, -1))
         cuts += [config for config in fitting if takes(config=config) is None][:1]
     return [dataclasses.asdict(cut) for cut in dict.fromkeys(cuts)]
 
 
-def _split_cuts(usual: Config):
-    """Inputs over a cluster, where so few rows leave SMs idle: wide tiles of few inputs each."""
-    if usual.block_m > 32:
+def _cuts(usual: Config, weight_dtype):
+    """Of few rows, more warpgroups and other stages; of more, tiles of about as many rows."""
+    if usual.block_m <= 32:
+        for count, block_k in itertools.product((2, 3, 4), (128, 256, 512)):
+            yield {"num_warpgroups": count, "block_k": block_k}
         return
-    for split, count, block_k in itertools.product((2, 4), (1, 2, 4), (128, 256)):
-        yield {"split_k": split, "num_warpgroups": count, "block_k": block_k, "scale_after": True}
-
-
-def _cuts(usual: Config, weight_dtype, x_dtype):
-    """Tiles of about as many rows, of one warpgroup to four, scaled before or after."""
-    ladder = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256)
+    ladder = (48, 64, 80, 96, 112, 128, 256)
     place = ladder.index(usual.block_m)
-    near = ladder[max(0, place - 2) : place + 3] if usual.block_m < 128 else ladder[7:]
     row_tiles = (1,) if weight_dtype == jnp.int32 else (1, 2)
-    counts = (1, 2, 4) if usual.block_m <= 32 else (2, 3, 4)
-    for block_m, count, block_k, after, tiles in itertools.product(
-        near, counts, (128, 256, 512), (False, True), row_tiles
-    ):
-        if (after and block_m > 64 and x_dtype == jnp.bfloat16) or (count > 2 and block_m * (1 + after) > 96):
-            continue
-        names = ("block_m", "num_warpgroups", "block_k", "scale_after", "row_tiles")
-        yield dict(zip(names, (block_m, count, block_k, after, tiles), strict=True))
+    for block_m, block_k, tiles in itertools.product(ladder[max(0, place - 2) : place + 2], (128, 256), row_tiles):
+        yield {"block_m": block_m, "block_k": block_k, "row_tiles": tiles}
 
 
 def measure(item: dict) -> dict:
     """One row: the error of the product, then its time."""
-    if item.get("sizes"):
-        return _check_sizes(SIZES[item["sizes"]])
+    if "checks" in item:
+        return _check_sizes(*STRAINING[item["checks"]])
     experts, k, n, top = LAYERS[item["shape"]]
     rows, activation = item["m"] * top, item.get("activation")
     rng = np.random.default_rng(secrets.randbits(31))
@@ -190,30 +181,43 @@ def _call(product, x, weight, sizes):
     return product(codes, *weight, group_sizes=sizes, x_scale=x_scale)
 
 
-def _check_sizes(sizes) -> dict:
-    """Every way of cutting, on group sizes that strain the map; rows that belong to nobody must come out zero."""
-    experts, k, n, errors = len(sizes), 1152, 448, {}
-    cuts = [(16, 4, True), (32, 2, True), (64, 2, True), (128, 2, False), (256, 2, False), (64, 1, False)]
-    for extra, activation in ((37, None), (8, "silu_mul")):
-        draw = drawn("w4a16", sum(sizes) + extra, experts, k, n, 1)
-        with _workers.device_turn():
-            x, (weight,) = draw(jax.random.key(secrets.randbits(31)))
-            given = (x, *weight, jnp.asarray(sizes, jnp.int32))
-        for block_m, count, after in cuts:
-            config = Config(
-                block_m=block_m, block_k=128, num_stages=2, num_warpgroups=count, scale_after=after, strip=2
-            )
-            product = functools.partial(
-                grouped_matmul, implementation="mosaic_gpu", config=config, activation=activation
-            )
-            run = jax.jit(lambda x, *w, product=product: _call(product, x, w[:2], w[2])).lower(*given).compile()
-            error_of = compiled_error(run.out_info, *given, room_for(np.asarray(sizes)), activation)
-            with _workers.device_turn():
-                out = run(*given)
-                error, rest = float(error_of(out, *given)), bool((out[sum(sizes) :] == 0).all())
+# Ways of cutting: format, what differs from two warpgroups and stages of 128 inputs, activation.
+STRAINING = (
+    ("w4a16", {"block_m": 16, "num_warpgroups": 4, "scale_after": True}, None),
+    ("w4a16", {"block_m": 32, "num_warpgroups": 3, "scale_after": True}, None),
+    ("w4a16", {"block_m": 64, "scale_after": True}, None),
+    ("w4a16", {"block_m": 96}, None),
+    ("w4a16", {"block_m": 128, "strip": 2}, None),
+    ("w4a16", {"block_m": 256, "strip": 2}, None),
+    ("w4a16", {"block_m": 32, "num_warpgroups": 1, "scale_after": True}, "silu_mul"),
+    ("w4a16", {"block_m": 112}, "silu_mul"),
+    ("w4a16", {"block_m": 128}, "silu_mul"),
+    ("w4a8", {"block_m": 80, "block_k": 256, "scale_after": True}, None),
+    ("fp8", {"block_m": 128, "row_tiles": 2}, None),
+    ("fp8", {"block_m": 96}, "silu_mul"),
+    ("int8", {"block_m": 128, "row_tiles": 2}, "silu_mul"),
+)
+
+
+def _check_sizes(form: str, cut: dict, activation: str | None) -> dict:
+    """One way of cutting, on group sizes that strain it; rows that belong to nobody must come out zero."""
+    (experts, rows), k, n, errors = STRAINED, 1152, 448 if form.startswith("w4") else 384, {}
+    config = Config(**{"block_k": 128, "num_stages": 2, "num_warpgroups": 2} | cut)
+    product = functools.partial(grouped_matmul, implementation="mosaic_gpu", config=config, activation=activation)
+    draw = drawn(form, rows, experts, k, n, 1)
+    x, (weight,) = draw.out_info
+    sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+    run = jax.jit(lambda x, w, sizes: _call(product, x, w, sizes)).lower(x, weight, sizes).compile()
+    error_of = compiled_error(run.out_info, x, *weight, sizes, 1 << (rows - 1).bit_length(), activation)
+    with _workers.device_turn():
+        x, (weight,) = draw(jax.random.key(secrets.randbits(31)))
+        for name, held in SIZES.items():
+            sizes = jnp.asarray([held.get(expert, 0) for expert in range(experts)], jnp.int32)
+            out = run(x, weight, sizes)
+            error, rest = float(error_of(out, x, *weight, sizes)), bool((out[sum(held.values()) :] == 0).all())
             if not (error <= TOLERANCE[activation] and rest):
-                errors[f"{activation} {config}"] = (error, rest)
-    return {"error": f"wrong: {errors}"} if errors else {"checked": 2 * len(cuts)}
+                errors[name] = (error, rest)
+    return {"error": f"wrong: {config} {activation} {errors}"} if errors else {"checked": f"{form} {cut} {activation}"}
 
 
 def _time_peer(peer: str, sizes, k: int, n: int) -> dict:
@@ -242,7 +246,7 @@ def line(row: dict) -> str:
     if "error" in row:
         return head + f"{row.get('config') or ''} {row['error']}"
     if "checked" in row:
-        return head + f"{row['checked']} cuts right"
+        return head + f"right on {len(SIZES)} sets of sizes: {row['checked']}"
     if row.get("peer"):
         return head + f"{row['us']:9.1f} us: {row['peer']}'s ragged_dot, bfloat16"
     cut, share = row["ran"].removeprefix("Config"), row["floor"] / row["us"]

@@ -18,6 +18,7 @@ def copy_and_compute(
     copy: Callable[[dict], None],
     compute: Callable[[Any, dict], None],
     registers: dict[int, tuple[int, int]] = REGISTERS,
+    prepare: Callable[[dict], None] = lambda shared: None,
 ) -> None:
     """Run the two roles of a block over shared memory that all of its warpgroups see.
 
@@ -26,11 +27,13 @@ def copy_and_compute(
       scratch: shared memory and barriers, by name.
       copy: called as `copy(shared)` by one warp of the last warpgroup.
       compute: called as `compute(warpgroup, shared)` by the others.
+      prepare: called as `prepare(shared)` by all of them before.
       registers: like `REGISTERS`; a number of warpgroups that is not in it keeps what it was launched with.
     """
     computing, copying = registers.get(num_warpgroups, (None, None))
 
     def scoped(shared):
+        prepare(shared)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == num_warpgroups)

@@ -105,6 +105,7 @@ def grouped_matmul(
         x.dtype,
         qweight.dtype,
         config=config,
+        num_experts=scale.shape[0],
         has_zero_point=zero_point is not None,
         scale_dtype=scale.dtype,
         out_dtype=out_dtype,

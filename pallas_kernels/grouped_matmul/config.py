@@ -31,8 +31,6 @@ class Config:
         8-bit activations), or else the weights before it.
       row_tiles: 8-bit weights: accumulators of 64 outputs of a warpgroup, which share the rows' side of wgmma.
       strip: row tiles of an expert that are visited under one column of outputs (L2 locality).
-      split_k: int4 weights and few rows: blocks of a cluster that share a tile's inputs; their sums meet in distributed
-        shared memory.
     """
 
     block_m: int
@@ -42,7 +40,6 @@ class Config:
     scale_after: bool = False
     row_tiles: int = 1
     strip: int = 16
-    split_k: int = 1
 
     @property
     def block_n(self) -> int:
@@ -50,14 +47,14 @@ class Config:
         return TILE * self.num_warpgroups * self.row_tiles
 
     @property
-    def chunks(self) -> int:
-        """Pieces of a tile's rows, of 16 at least, that different blocks of a cluster add up."""
-        return max(q for q in range(1, self.split_k + 1) if self.block_m % (2 * ALIGNMENT * q) == 0)
-
-    @property
     def multicast(self) -> int:
         """Blocks that share x, which the products of int4_matmul ask for: an expert's rows are too few to share."""
         return 1
+
+    @property
+    def overlap_groups(self) -> bool:
+        """Whether products that are scaled after run each under the next one's unpacking, which they ask for too."""
+        return False
 
     def dense(self) -> int4_config.Config:
         """The cut of a dense int4 product with such tiles."""
@@ -66,7 +63,7 @@ class Config:
             block_k=self.block_k,
             num_stages=self.num_stages,
             num_warpgroups=self.num_warpgroups,
-            split_k=self.split_k,
+            split_k=1,
             scale_after=self.scale_after,
         )
 
@@ -78,6 +75,7 @@ def supports(
     weight_dtype,
     *,
     config: Config | None = None,
+    num_experts: int = 1,
     has_zero_point: bool = False,
     scale_dtype=jnp.bfloat16,
     out_dtype=jnp.bfloat16,
@@ -90,6 +88,7 @@ def supports(
       x_dtype: of the rows, as the product takes them.
       weight_dtype: int32 (packed int4), int8 or float8_e4m3fn.
       config: a configuration to check with it.
+      num_experts: whose tables share the memory with it.
       has_zero_point: whether there are zero points.
       scale_dtype: of the scales.
       out_dtype: of the result.
@@ -100,16 +99,22 @@ def supports(
     most = _most_rows(num_groups, x_dtype, weight_dtype)
     if config is not None and (config.block_m % 16 or config.block_m > most):
         return f"block_m = {config.block_m}; the kernel takes multiples of 16 whose sums fit the registers, {most} here"
+    if config is not None and (reason := _unsupported_table(config, num_experts)) is not None:
+        return reason
     if weight_dtype != jnp.int32:
         return _unsupported_8_bit(k // num_groups, num_groups, x_dtype, weight_dtype, scale_dtype, config)
     if config is not None and config.row_tiles > 1:
         return f"row_tiles = {config.row_tiles}; int4 weights take 1"
-    if config is not None and config.split_k > 1 and config.block_m > TILE:
-        return f"split_k = {config.split_k} of {config.block_m} rows; the inputs of at most {TILE} are split"
     dense = None if config is None else config.dense()
     return int4_config.supports(
         k, BLOCK, num_groups, x_dtype, config=dense, has_zero_point=has_zero_point, scale_dtype=scale_dtype
     )
+
+
+def _unsupported_table(config: Config, num_experts: int) -> str | None:
+    """Why the table of experts does not fit: it lies in the half of the staging memory that this kernel leaves."""
+    table, room = 2 * 4 * (num_experts + 2), config.num_warpgroups * min(config.block_m, TILE) * TILE * 2
+    return f"a table of {num_experts} experts takes {table} bytes, {room} are left" if table > room else None
 
 
 def _most_rows(num_groups: int, x_dtype, weight_dtype) -> int:
@@ -131,8 +136,6 @@ def _unsupported_8_bit(
         return f"groups of {group_size} inputs; with 8-bit weights the kernel takes multiples of {BLOCK}, or one group"
     if config is None:
         return None
-    if config.split_k > 1:
-        return f"split_k = {config.split_k}; 8-bit weights take 1"
     if num_groups > 1 and group_size % config.block_k and config.block_k % group_size:
         return f"block_k = {config.block_k} and groups of {group_size} do not divide one another"
     if config.block_k % BLOCK or config.scale_after:
@@ -161,9 +164,22 @@ def tile_bound(rows: int, num_experts: int, block_m: int) -> int:
     return (rows + hit * (ALIGNMENT - 1 + block_m - 1)) // block_m
 
 
-def widths(block_m: int) -> tuple[int, ...]:
-    """Rows that a tile may be cut to: the last of an expert is often no more than half full."""
-    return (block_m // 2, block_m) if block_m >= BLOCK else (block_m,)
+def widths(block_m: int, step: int = ALIGNMENT) -> tuple[int, ...]:
+    """Rows that a tile may be cut to, since the tensor cores' time is that of the rows that are multiplied.
+
+    A tile of more than 64 rows that holds all of an expert of about as many is cut by eights; one of 128 and more is
+    one of several, of which the last holds anything.
+
+    Args:
+      block_m: rows of a whole tile.
+      step: what widths are multiples of.
+    """
+    if block_m <= TILE:
+        return (block_m,)
+    if block_m < BLOCK:
+        return tuple(range(block_m - 4 * ALIGNMENT, block_m + 1, step))
+    part = block_m // 4 if block_m == BLOCK else block_m // 2
+    return tuple(range(part, block_m + 1, part))
 
 
 def _expected_cost(mean: float, block_m: int) -> float:
@@ -173,8 +189,9 @@ def _expected_cost(mean: float, block_m: int) -> float:
     """
     held, spread = mean + (ALIGNMENT - 1) / 2, math.sqrt(mean + (ALIGNMENT**2 - 1) / 12)
     more_than = lambda rows: 0.5 * math.erfc((rows - held) / spread / math.sqrt(2)) if rows else 1.0  # noqa: E731
-    # The weight must arrive and be unpacked however few the rows: as the dense kernel's times say.
-    price = lambda width: max(width, 48 + 0.65 * width) if width else 0.0  # noqa: E731
+    # The weight must arrive and be unpacked however few the rows, as the dense kernel's times say; a large tile leaves
+    # the ring less room.
+    price = lambda width: max(width, 45 + 0.79 * width) + block_m / 20 if width else 0.0  # noqa: E731
     cuts = (0, *widths(block_m))
     tiles = range(0, math.ceil(held + 4 * spread), block_m)
     return sum(
@@ -227,7 +244,14 @@ def default_config(
     """
     x_dtype, weight_dtype = jnp.dtype(x_dtype), jnp.dtype(weight_dtype)
     takes = functools.partial(
-        supports, k, num_groups, x_dtype, weight_dtype, has_zero_point=has_zero_point, scale_dtype=scale_dtype
+        supports,
+        k,
+        num_groups,
+        x_dtype,
+        weight_dtype,
+        num_experts=num_experts,
+        has_zero_point=has_zero_point,
+        scale_dtype=scale_dtype,
     )
     tuned = _tuned().get((x_dtype.name, weight_dtype.name, num_groups, num_experts, k, n, bucket(rows)))
     if tuned is not None and takes(config=tuned) is None:

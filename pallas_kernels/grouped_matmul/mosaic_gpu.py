@@ -1,7 +1,7 @@
-"""The Hopper grouped kernel: the dense kernels' ring and products, walked over a map of tiles that the device builds.
+"""The Hopper grouped kernel: the dense kernels' ring and products, walked over tiles that each block works out.
 
 The product is computed transposed, `out^T = W^T x^T`: the outputs fill the 64 rows of a wgmma and an expert's rows its
-flexible side, so that an expert of three rows wastes little. Persistent blocks take tiles from the map in turn: one
+flexible side, so that an expert of three rows wastes little. Persistent blocks take tiles in turn: one
 warp drives the copy engine through a ring of stages that runs on across tiles, whatever experts they belong to; each
 compute warpgroup owns 64 of a tile's outputs.
 
@@ -12,7 +12,6 @@ is not the expert's. So any group sizes do, nothing is padded, and no two tiles 
 
 import copy
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +19,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._cluster_sum import add_over_cluster
 from pallas_kernels._shared_memory import tiled
 from pallas_kernels._warpgroups import copy_and_compute
 from pallas_kernels.grouped_matmul.config import ALIGNMENT, BLOCK, HOPPER_SMS, TILE, Config, tile_bound, widths
 from pallas_kernels.grouped_matmul.epilogue import PER_COLUMN, PER_ROW, STAGING, silu_mul, store_rows
 from pallas_kernels.grouped_matmul.product import product_of
-from pallas_kernels.grouped_matmul.tiles import find_tile, tile_map
-from pallas_kernels.int4_matmul.config import num_clusters
+from pallas_kernels.grouped_matmul.tiles import count_tiles, find_tile, write_table
 from pallas_kernels.int4_matmul.plan import ProductPlan
 
 
@@ -46,14 +43,13 @@ def grouped_matmul_mosaic_gpu(
         if vector is not None:  # a tile at the end reads on
             refs[name] = jnp.pad(vector.astype(jnp.float32).reshape(-1), (0, config.block_m))
     plan = _Plan(rows, x, qweight, scale, zero_point is not None, activation, out_dtype, config)
-    refs["tiles"], refs["slots"] = tile_map(group_sizes, rows, config)
+    refs["sizes"] = group_sizes.astype(jnp.int32)
     names = tuple(refs)
     kernel = plgpu.kernel(
         lambda *args: _body(plan, dict(zip(names, args[:-1], strict=True)), args[-1]),
         out_type=jax.ShapeDtypeStruct((rows, plan.columns), plan.out_dtype),
-        grid=(plan.num_clusters,),
+        grid=(plan.num_blocks,),
         grid_names=("block",),
-        **plan.cluster,
         num_threads=config.num_warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
@@ -74,18 +70,10 @@ class _Plan(ProductPlan):
             self.wgmma_k, self.code_factor = BLOCK, 1.0
         # A channel's scale of 8-bit products waits for the result.
         self.ring_scales = self.x_bytes == 2 or self.grouped
-        self.widths = widths(config.block_m)
-        # Rows that are staged and stored at a time: of a tile, or of what a block of a cluster adds up of it.
-        held = self.widths[0] // config.chunks
-        self.piece = math.gcd(held // 2 if self.gated else held, TILE)
-        bound = tile_bound(rows, self.num_experts, config.block_m) * self.n_tiles
-        self.num_clusters = min(num_clusters(config.split_k, num_sms=HOPPER_SMS), bound)
-
-    @property
-    def cluster(self) -> dict:
-        """What the launch says of clusters."""
-        split = self.config.split_k
-        return {} if split == 1 else {"cluster": (split,), "cluster_names": ("split",)}
+        self.rows = rows
+        # A thread that gates holds columns of both halves of a tile, each by eights; int8 products go by sixteens.
+        self.widths = widths(config.block_m, (1 + (self.gated or x.dtype == jnp.int8)) * ALIGNMENT)
+        self.num_blocks = min(HOPPER_SMS, tile_bound(rows, self.num_experts, config.block_m) * self.n_tiles)
 
     def cut(self, width: int) -> "_Plan":
         """The plan for tiles of fewer rows."""
@@ -95,19 +83,21 @@ class _Plan(ProductPlan):
 
     def for_width(self, tile, visit):
         """Call `visit(width)` with the least width that holds a tile's rows."""
+        held = tile.high - tile.first * ALIGNMENT
         *narrow, wide = self.widths
+        for below, width in zip((0, *narrow), narrow, strict=False):
+            pl.when((held > below) & (held <= width))(lambda width=width: visit(width))
         if not narrow:
             return visit(wide)
-        held = tile.high - tile.first * ALIGNMENT
-        pl.when(held <= narrow[0])(lambda: visit(narrow[0]))
-        pl.when(held > narrow[0])(lambda: visit(wide))
+        pl.when(held > narrow[-1])(lambda: visit(wide))
 
     def scratch(self):
         """Shared memory and barriers, by name."""
         c, stages = self.config, self.config.num_stages
         scratch = {
             "x": tiled((stages, c.block_m, c.block_k), self.dtype, self.wgmma_k),
-            "out": plgpu.SMEM((c.num_warpgroups, self.piece, TILE), self.out_dtype, transforms=STAGING),
+            "out": plgpu.SMEM((c.num_warpgroups, min(c.block_m, TILE), TILE), self.out_dtype, transforms=STAGING),
+            "table": plgpu.SMEM((2, self.num_experts + 2), jnp.int32),
             "full": plgpu.Barrier(num_arrivals=2 + self.ring_scales + self.has_zero_point, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=c.num_warpgroups, num_barriers=stages),
         }
@@ -117,22 +107,11 @@ class _Plan(ProductPlan):
             scratch["w"] = tiled((stages, c.block_n, c.block_k), self.dtype, BLOCK)
         for name in ("scale",) * self.ring_scales + ("zero",) * self.has_zero_point:
             scratch[name] = plgpu.SMEM((stages, self.scale_rows, c.block_n), self.scale_dtype)
-        if c.split_k > 1:
-            held = c.block_m // c.chunks
-            scratch |= {
-                "partial": tiled((c.num_warpgroups, c.split_k - 1, TILE, held), jnp.float32, min(held, 32)),
-                "arrived": plgpu.Barrier(num_arrivals=c.split_k - 1, num_barriers=c.num_warpgroups),
-                "free": plgpu.ClusterBarrier(collective_axes=("split",), num_barriers=c.num_warpgroups),
-            }
         return scratch
 
     def steps(self, tile):
-        """The first and the last step along the inputs that this block takes of a tile."""
-        steps, split = jnp.where(tile.expert < self.num_experts, self.k_steps, 0), self.config.split_k
-        if split == 1:
-            return jnp.int32(0), steps
-        rank = lax.axis_index("split")
-        return lax.div(rank * steps, jnp.int32(split)), lax.div((rank + 1) * steps, jnp.int32(split))
+        """Steps along the inputs of a tile."""
+        return jnp.where(tile.expert < self.num_experts, self.k_steps, 0)
 
 
 def _body(plan: _Plan, refs, out):
@@ -140,35 +119,34 @@ def _body(plan: _Plan, refs, out):
     copy_and_compute(
         plan.config.num_warpgroups,
         plan.scratch(),
+        prepare=lambda shared: write_table(refs["sizes"], shared["table"], rows=plan.rows, block_m=plan.config.block_m),
         copy=lambda shared: _copy_tiles(plan, refs, shared),
         compute=lambda warpgroup, shared: _compute_tiles(plan, warpgroup, refs, out, shared),
     )
 
 
-def _for_each_tile(plan: _Plan, refs, visit):
-    """Call `visit(count, tile, column, first_step, last_step, position)` for the tiles of this block's cluster.
+def _for_each_tile(plan: _Plan, table, visit):
+    """Call `visit(tile, column, steps, position)` for the tiles of this block.
 
-    The position counts the stages of the ring that have gone by. Returns the number of tiles and the last position.
+    The position counts the stages of the ring that have gone by. Returns the last one.
     """
-    cluster = lax.axis_index("block")
-    count = lax.div(
-        refs["slots"][plan.num_experts] * plan.n_tiles - cluster + plan.num_clusters - 1, jnp.int32(plan.num_clusters)
-    )
+    block, blocks = lax.axis_index("block"), jnp.int32(plan.num_blocks)
+    count = lax.div(count_tiles(table) * plan.n_tiles - block + blocks - 1, blocks)
 
     def step(i, position):
-        tile, column = find_tile(refs["tiles"], cluster + i * plan.num_clusters, plan.n_tiles)
-        first, last = plan.steps(tile)
-        visit(i, tile, column, first, last, position)
-        return position + (last - first)
+        tile, column = find_tile(table, block + i * blocks, plan.n_tiles, plan.config)
+        steps = plan.steps(tile)
+        visit(tile, column, steps, position)
+        return position + steps
 
-    return count, lax.fori_loop(0, count, step, jnp.int32(0))
+    return lax.fori_loop(0, count, step, jnp.int32(0))
 
 
 def _copy_tiles(plan: _Plan, refs, smem):
     """Stream every stage of this block's tiles through the ring."""
     c = plan.config
 
-    def visit(_, tile, column, first, last, position):
+    def visit(tile, column, steps, position):
         columns = pl.ds(column * c.block_n, c.block_n)
 
         def copy_stage(step, at):
@@ -195,44 +173,34 @@ def _copy_tiles(plan: _Plan, refs, smem):
                 plgpu.copy_gmem_to_smem(source, smem[name].at[slot], full)
             return at + 1
 
-        lax.fori_loop(first, last, copy_stage, position)
+        lax.fori_loop(0, steps, copy_stage, position)
 
-    _, position = _for_each_tile(plan, refs, visit)
+    position = _for_each_tile(plan, smem["table"], visit)
     for slot in range(c.num_stages):  # Every phase of a barrier is waited for once.
         pl.when(position > slot)(lambda slot=slot: plgpu.barrier_wait(smem["empty"].at[slot]))
 
 
 def _compute_tiles(plan: _Plan, warpgroup, refs, out, smem):
-    """Multiply this warpgroup's 64 outputs of every tile, reduce over the cluster, finish, store."""
+    """Multiply this warpgroup's outputs of every tile, finish, store."""
     c = plan.config
 
-    def visit(count, tile, column, first, last, position):
+    def visit(tile, column, steps, position):
         def multiply(width):
             narrow = plan.cut(width)
             rows = smem | {"x": smem["x"].at[:, pl.ds(0, width)]}
-            totals = product_of(narrow)(narrow, warpgroup, rows, first, last, position)
+            totals = product_of(narrow)(narrow, warpgroup, rows, jnp.int32(0), steps, position)
             for i, sums in enumerate(totals):
                 first_column = column * c.block_n + (warpgroup * c.row_tiles + i) * TILE
-
-                def finish(sums, start, first_column=first_column):
-                    _finish(narrow, warpgroup, refs, out, smem, sums, tile, start, first_column)
-
-                if c.split_k == 1:
-                    finish(sums, 0)
-                else:
-                    shared = {name: smem[name].at[warpgroup] for name in ("partial", "arrived", "free")}
-                    add_over_cluster(sums, count, finish, axis="split", split=c.split_k, chunks=c.chunks, **shared)
+                _finish(narrow, warpgroup, refs, out, smem, sums, tile, first_column)
 
         plan.for_width(tile, multiply)
 
-    tiles, _ = _for_each_tile(plan, refs, visit)
-    if c.split_k > 1:  # A block must outlive the arrivals of its peers.
-        pl.when(tiles > 0)(lambda: plgpu.barrier_wait(smem["free"].at[warpgroup]))
+    _for_each_tile(plan, smem["table"], visit)
 
 
-def _finish(plan: _Plan, warpgroup, refs, out, smem, sums, tile, start: int, first_column):
-    """Scale the sums of a tile's rows from `start` on, apply the activation, store."""
-    first_row = tile.first * ALIGNMENT + start if start else tile.first * ALIGNMENT
+def _finish(plan: _Plan, warpgroup, refs, out, smem, sums, tile, first_column):
+    """Scale the sums of a tile's rows, apply the activation, store."""
+    first_row = tile.first * ALIGNMENT
     own = pl.ds(first_row, sums.shape[1])
     of_row = {
         name: plgpu.load(refs[name].at[own], layout=PER_COLUMN, optimized=False)
@@ -261,9 +229,10 @@ def _finish(plan: _Plan, warpgroup, refs, out, smem, sums, tile, start: int, fir
 
 def _store(plan: _Plan, warpgroup, out, smem, values, tile, first_row, first_column):
     """Write `[64 outputs, rows]` to the rows of `out` that are the expert's, a piece of rows at a time."""
-    staging = smem["out"].at[warpgroup]
-    for start in range(0, values.shape[1], plan.piece):
-        staging.T[...] = values[:, start : start + plan.piece].astype(plan.out_dtype)
+    for start in range(0, values.shape[1], TILE):
+        piece = values[:, start : start + TILE].astype(plan.out_dtype)
+        staging = smem["out"].at[warpgroup, pl.ds(0, piece.shape[1])]
+        staging.T[...] = piece
         store_rows(
             staging,
             out,

@@ -42,16 +42,16 @@ def test_every_candidate_is_one_that_the_kernel_takes(form):
 def test_a_sweep_is_merged_and_read(monkeypatch):
     """The fastest verified cut of a problem becomes its default, and that of as many rows, and no other's."""
     experts, k, n, top = LAYERS["qwen3-30b-a3b"]
-    cuts = [cut | {"split_k": split} for split in (1, 2) for cut in candidates("qwen3-30b-a3b", 1, "w4a16")[:1]]
+    cuts = [cut | {"strip": strip} for strip in (1, 2) for cut in candidates("qwen3-30b-a3b", 1, "w4a16")[:1]]
     row = {"shape": "qwen3-30b-a3b", "m": 1, "format": "w4a16"}
     rows = [row | {"config": cut, "us": us} for cut, us in zip(cuts, (9.0, 6.0), strict=True)]
     rows += [row | {"config": cuts[0], "error": "wrong"}, row | {"config": None, "us": 1.0}]
     conditions = {"date": "2026-01-02", "commit": "abc", "jax": "1"}
     entries = tuned_grouped.merged({"conditions": conditions, "rows": rows}, [])
-    assert [(e["rows"], e["microseconds"], e["config"]["split_k"]) for e in entries] == [(8, 6.0, 2)]
+    assert [(e["rows"], e["microseconds"], e["config"]["strip"]) for e in entries] == [(8, 6.0, 2)]
     assert tuned_grouped.merged({"conditions": conditions, "rows": rows[:1]}, entries) == entries
     key = tuple(entries[0][name] for name in tuned_grouped.KEY)
     monkeypatch.setattr(config, "_tuned", lambda: {key: Config(**entries[0]["config"])})
     default = lambda rows: default_config(rows, experts, k, n, k // 128)  # noqa: E731
-    assert default(top).split_k == 2
-    assert default(2 * top).split_k == 1
+    assert default(top).strip == 2
+    assert default(2 * top).strip == 16

@@ -1,4 +1,4 @@
-"""The grouped kernel's body on a CPU, thread by thread: the walk over the map, the ring, the masks of the store.
+"""The grouped kernel's body on a CPU, thread by thread: the walk over the tiles, the ring, the masks of the store.
 
 What the interpreter lacks is supplied as for the dense int4 kernel; the inline PTX of the epilogue is replaced by its
 meaning. The interpreter refuses reads out of bounds, so that x has a tile of rows that belong to nobody at its end.
@@ -18,6 +18,7 @@ from pallas_kernels.int4_matmul import pack
 from tests.pallas_kernels.test_int4_interpreted import unpack_int4_bytes, unpack_words
 
 kernel = importlib.import_module("pallas_kernels.grouped_matmul.mosaic_gpu")
+tiles = importlib.import_module("pallas_kernels.grouped_matmul.tiles")
 products = importlib.import_module("pallas_kernels.int4_matmul.products")
 
 
@@ -29,6 +30,16 @@ def silu_mul(sums, row_scale=None):
     if row_scale is not None:
         value = value * row_scale[None, None, :]
     return value.reshape(4, 8, 2, columns // 2).transpose(0, 2, 1, 3).reshape(64, columns // 2)
+
+
+def write_table(group_sizes, table, *, rows, block_m):
+    """What `tiles.write_table` emits, an expert at a time."""
+    experts, low, tiles = group_sizes.shape[0], jnp.int32(0), jnp.int32(0)
+    for e in range(experts + 2):
+        table[0, e], table[1, e] = low, tiles
+        size = group_sizes[e] if e < experts else rows - low
+        tiles = tiles + jnp.where(size > 0, (low % 8 + size + block_m - 1) // block_m, 0)
+        low = low + size
 
 
 def store_rows(staging, out, first_row, low, high, first_column, *, columns, second_half):
@@ -50,6 +61,8 @@ def interpreted(monkeypatch, complete_interpreter):
     monkeypatch.setattr(products, "unpack_int4_bytes", unpack_int4_bytes)
     monkeypatch.setattr(kernel, "silu_mul", silu_mul)
     monkeypatch.setattr(kernel, "store_rows", store_rows)
+    monkeypatch.setattr(kernel, "write_table", write_table)
+    monkeypatch.setattr(tiles, "read_table", lambda table, kind, place: table[kind, place])
 
     def run(*operands, **options):
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(inline_mgpu="ignore")):
@@ -60,19 +73,19 @@ def interpreted(monkeypatch, complete_interpreter):
 
 # One block walks all tiles, or three share them; experts without rows, of one row, of more rows than a tile.
 @pytest.mark.parametrize(
-    ("sizes", "blocks", "after", "gated", "block_m", "split"),
+    ("sizes", "blocks", "after", "gated", "widths"),
     [
-        ((3, 0, 18, 1), 1, True, False, 16, 1),
-        ((0, 37, 2, 0), 3, False, True, 32, 1),
-        ((2, 0, 33, 1), 4, True, False, 32, 2),
-        ((0, 17, 0), 4, False, True, 32, 2),
+        ((3, 0, 18, 1), 1, True, False, (16,)),
+        ((0, 37, 2, 0), 3, False, True, (16, 32)),
+        ((9, 0, 23), 2, False, False, (8, 16, 24)),
     ],
-    ids=["after", "gated", "split", "split and gated"],
+    ids=["after", "gated", "three widths"],
 )
-def test_interpreted_kernel_is_the_product(rng, interpreted, monkeypatch, sizes, blocks, after, gated, block_m, split):
+def test_interpreted_kernel_is_the_product(rng, interpreted, monkeypatch, sizes, blocks, after, gated, widths):
     monkeypatch.setattr(kernel, "HOPPER_SMS", blocks)
-    monkeypatch.setattr(kernel, "widths", lambda rows: (rows,) if rows == 16 or split > 1 else (rows // 2, rows))
-    cut = {"num_warpgroups": 2, "scale_after": after, "strip": 1, "split_k": split}
+    monkeypatch.setattr(kernel, "widths", lambda rows, step: widths)
+    block_m = widths[-1]
+    cut = {"num_warpgroups": 2, "scale_after": after, "strip": 1}
     config = Config(block_m=block_m, block_k=128, num_stages=2, **cut)
     k, n, experts, rows = 256, 128, len(sizes), sum(sizes) + config.block_m
     codes = rng.integers(-8, 8, (experts, k, n)).astype(np.int8)
