@@ -26,6 +26,7 @@ class Config:
             computes its softmax; needs two warpgroups.
         exponentials_by_polynomial: of every 16 weights, how many are exponentials by a polynomial, to a third of a
             percent, instead of by the special function unit; for 8-bit values.
+        l2_bytes: the keys and values of as many heads as fit are worked on together, to be found in the L2 cache.
     """
 
     block_kv: int = 128
@@ -33,6 +34,7 @@ class Config:
     warpgroups: int = 2
     ping_pong: bool = True
     exponentials_by_polynomial: int = 0
+    l2_bytes: int = 32 << 20
 
     def __post_init__(self):
         if self.block_kv not in (64, 128, 192, 256):

@@ -74,14 +74,25 @@ def quantized_attention(
     k, k_scale = keys if isinstance(keys, Keys) else (keys, None)
     v, v_scale, v_block_scale = values if isinstance(values, Values) else (values, None, None)
     kv_heads = k.shape[2 if k_scale is None else 1]
-    plan = Plan(MODES[mode], tokens, kv_tokens, heads // kv_heads, window, scale, config)
+    plan = Plan(
+        mode=MODES[mode],
+        batch=batch,
+        tokens=tokens,
+        kv_tokens=kv_tokens,
+        heads=heads,
+        heads_per_kv_head=heads // kv_heads,
+        kv_head_bytes=(k.nbytes + v.nbytes) // (batch * kv_heads),
+        window=window,
+        scale=scale,
+        config=config,
+    )
     ones = np.ones((plan.sum_channels, config.block_kv), v.dtype) if plan.sum_channels else None
     call = plgpu.kernel(
         lambda operands, out, *scratch: _kernel(plan, operands, out, Shared(*scratch)),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=_scratch(plan, q, k, v),
-        grid=(heads, batch, pl.cdiv(tokens, plan.rows)),
-        grid_names=("head", "batch", "query_tile"),
+        grid=tuple(plan.grid.values()),
+        grid_names=tuple(plan.grid),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.config import ROWS, SUM_CHANNELS, Config
 from pallas_kernels.attention.quantize import INT8
@@ -18,9 +19,12 @@ class Plan:
     """The static part of a launch."""
 
     mode: Mode
+    batch: int
     tokens: int
     kv_tokens: int
+    heads: int
     heads_per_kv_head: int
+    kv_head_bytes: int  # of keys and values
     window: Window
     scale: float
     config: Config
@@ -29,6 +33,27 @@ class Plan:
     def rows(self) -> int:
         """Queries of a block."""
         return self.config.warpgroups * ROWS
+
+    @property
+    def heads_together(self) -> int:
+        """Heads whose blocks run at the same time: as many as find their keys and values in the L2 cache."""
+        kv_heads = self.heads // self.heads_per_kv_head
+        most = max(1, self.config.l2_bytes // self.kv_head_bytes)
+        return self.heads_per_kv_head * next(n for n in range(min(most, kv_heads), 0, -1) if kv_heads % n == 0)
+
+    @property
+    def grid(self) -> dict[str, int]:
+        """Blocks, the last axis fastest: some heads at a time, of these the last queries first.
+
+        Causal ones see the most keys, and longest first fills the machine best.
+        """
+        together = self.heads_together
+        return {
+            "batch": self.batch,
+            "heads": self.heads // together,
+            "query_tile": pl.cdiv(self.tokens, self.rows),
+            "head": together,
+        }
 
     @property
     def float_scores(self) -> bool:
@@ -85,8 +110,8 @@ class Block:
 
     def __init__(self, plan: Plan, refs: Operands):
         self.batch, self.head = lax.axis_index("batch"), lax.axis_index("head")
+        self.head += lax.axis_index("heads") * plan.heads_together
         self.kv_head = lax.div(self.head, jnp.int32(plan.heads_per_kv_head))
-        # The last queries of a causal head see the most keys: longest first fills the machine best.
         query_tile = lax.axis_size("query_tile") - 1 - lax.axis_index("query_tile")
         self.first_query = query_tile * plan.rows
         every = jnp.int32(plan.tokens), jnp.int32(plan.kv_tokens)

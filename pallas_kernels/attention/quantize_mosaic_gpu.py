@@ -53,8 +53,8 @@ def quantize_keys_mosaic_gpu(k: jax.Array, dtype: jnp.dtype, block: int, lengths
             tiled((block, head_dim), dtype),
             plgpu.Barrier(),
         ],
-        grid=(heads, tiles, batch),  # heads first: neighbours in memory are read together
-        grid_names=("head", "tile", "batch"),
+        grid=(batch, tiles, heads),  # heads run fastest: neighbours in memory are read together
+        grid_names=("batch", "tile", "head"),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     return Keys(*call(k, mean, _all_lengths(lengths, batch, tokens)))
@@ -78,8 +78,8 @@ def quantize_values_mosaic_gpu(v: jax.Array, dtype: jnp.dtype, block: int, lengt
             tiled((head_dim, block), dtype, columns=CHUNK),
             plgpu.Barrier(),
         ],
-        grid=(heads, tiles, batch),  # heads first: neighbours in memory are read together
-        grid_names=("head", "tile", "batch"),
+        grid=(batch, tiles, heads),  # heads run fastest: neighbours in memory are read together
+        grid_names=("batch", "tile", "head"),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     codes, block_scale = call(v, 1 / scale, _all_lengths(lengths, batch, tokens))
