@@ -3,8 +3,8 @@
     python -m experiments.bench_matmul [--op int4] [--shapes ...] [--m ...] [--verify-only] [--seconds 300] [--json F]
 
 Columns in microseconds a call: `kernel`, all the op launches, by CUPTI; `call`, inside one jitted program, gaps
-included; `graph`, by CUDA graph replay, the clock of the published tables. `floor`: every byte moved once at this
-card's copy rate, or the products at its bfloat16 rate, whichever is longer. Weights are rotated past the L2 cache.
+included; PyTorch's products by CUDA graph replay, the clock of the published tables. `floor`: every byte moved once at
+this card's copy rate, or the products at its bfloat16 rate, whichever is longer. Weights are rotated past L2.
 """
 
 import functools
@@ -143,7 +143,7 @@ def _xla_int4(x, codes, scale):
 
 
 def _time_torch(item: dict) -> dict:
-    """torch.mm, tinygemm and our kernel exported to PyTorch, all by graph replay."""
+    """torch.mm and tinygemm, by graph replay."""
     import torch
 
     from experiments import _clock
@@ -163,33 +163,7 @@ def _time_torch(item: dict) -> dict:
             calls = [functools.partial(torch.ops.aten._weight_int4pack_mm, x, w, GROUP, scales) for w in packed]
             result["tinygemm_us"] = _clock.graph_microseconds(calls)
             del packed
-        try:
-            result["mosaic_graph_us"] = _mosaic_in_torch(item["seed"], x, k, n)
-        except Exception as error:  # the export is a convenience, not a result
-            result["mosaic_graph_error"] = str(error)[:200]
     return result
-
-
-def _mosaic_in_torch(seed: int, x, k: int, n: int) -> float:
-    """The kernel exported to PyTorch and timed on the clock of the published tables."""
-    import torch
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from experiments import _clock
-    from pallas_kernels.int4_matmul import default_config
-    from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic_gpu
-
-    config = default_config(x.shape[0], k, n, k // GROUP)
-    kernel = plgpu.as_torch_kernel(lambda x, q, s: int4_matmul_mosaic_gpu(x, ((q, s, None, None),), config=config)[0])
-    torch.manual_seed(seed)
-    weights = [
-        (
-            torch.randint(-(2**31), 2**31 - 1, (n // 64, k // 64, 2, 256), device="cuda", dtype=torch.int32),
-            torch.rand(k // GROUP, n, device="cuda").to(torch.bfloat16),
-        )
-        for _ in range(_clock.rotations(k * n // 2))
-    ]
-    return _clock.graph_microseconds([functools.partial(kernel, x, *w) for w in weights])
 
 
 def report(results: list[dict], shapes: list[str], tokens: list[int]) -> list[dict]:

@@ -30,6 +30,7 @@ class Config:
       snake_width: output tiles of a strip of the traversal order (L2 locality when there are many token tiles).
       blocks_per_sm: blocks that share an SM, so that one unpacks while another waits; more than one only where a block
         is one compute warpgroup of few tokens, whose registers leave room.
+      overlap_groups: of products that are scaled after, run each under the unpacking of the next.
     """
 
     block_m: int
@@ -41,6 +42,7 @@ class Config:
     multicast: int = 1
     snake_width: int = 8
     blocks_per_sm: int = 1
+    overlap_groups: bool = False
 
     @property
     def block_n(self) -> int:

@@ -20,7 +20,9 @@ def product_of(plan):
     """The product that a plan's operands and configuration ask for."""
     if plan.x_bytes == 1:
         return _product_of_codes if plan.grouped or plan.acc_dtype == jnp.float32 else _long_product
-    return _product_scaled_after if plan.ring_scales and plan.config.scale_after else _long_product
+    if plan.ring_scales and plan.config.scale_after:
+        return _product_in_turns if plan.config.overlap_groups else _product_scaled_after
+    return _long_product
 
 
 def _row(plan, warpgroup, smem, name: str, slot, group: int):
@@ -93,6 +95,39 @@ def _product_scaled_after(plan, warpgroup, smem, first, last, position):
         plgpu.barrier_wait(smem["full"].at[slot])
         for group in range(plan.scale_rows):
             acc = acc + group_product(slot, group)
+        _release(plan, smem["empty"].at[slot])
+        return acc
+
+    return lax.fori_loop(first, last, stage, _zeros(plan))
+
+
+def _product_in_turns(plan, warpgroup, smem, first, last, position):
+    """The same, each piece of the products under the unpacking of the next: two sets of registers take turns."""
+    c = plan.config
+
+    def scaled(slot, group, part, in_flight):
+        value = plgpu.wgmma_accumulator_load(part, wait_n=in_flight)
+        scale = _row(plan, warpgroup, smem, "scale", slot, group)
+        return value * lax.broadcast_in_dim(scale, value.shape, (0,))
+
+    def stage(step, total):
+        slot = lax.rem(position + (step - first), jnp.int32(c.num_stages))
+        plgpu.barrier_wait(smem["full"].at[slot])
+
+        def multiply(*parts):
+            acc = total
+            for group, part in enumerate(parts):
+                offset = _offset(plan, warpgroup, smem, slot, group)
+                for first_k in range(group * plan.group_k, (group + 1) * plan.group_k, plan.wgmma_k):
+                    weights = _weights(plan, warpgroup, smem, slot, first_k, offset, None)
+                    _multiply(plan, smem, slot, first_k, part, weights)
+                    if group and first_k == group * plan.group_k:
+                        acc = acc + scaled(slot, group - 1, parts[group - 1], 1)
+                    else:
+                        plgpu.wgmma_wait(1)
+            return acc + scaled(slot, len(parts) - 1, parts[-1], 0)
+
+        acc = pl.run_scoped(multiply, *[plgpu.ACC((TILE, c.block_m), jnp.float32)] * plan.scale_rows)
         _release(plan, smem["empty"].at[slot])
         return acc
 
