@@ -6,8 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from experiments import _int8, tuned_int8
-from pallas_kernels.int8_matmul import Config
+from experiments import _int8, sanitize_int8, tuned_int8
+from pallas_kernels.int4_matmul import Config as Int4Config
+from pallas_kernels.int4_matmul import supports as int4_supports
+from pallas_kernels.int8_matmul import Config, supports
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
@@ -75,3 +77,13 @@ def test_a_run_is_merged_into_the_table():
     assert table["entries"] == entries
     assert table["xla_faster"] == lost[1:]
     assert json.loads(tuned_int8.written("card", table)) == {"card": table}
+
+
+def test_the_kernels_take_what_the_sanitizer_runs():
+    for problem, cut in sanitize_int8.PRODUCTS:
+        config = Config(**{"block_n": 128, "num_stages": 2} | cut)
+        assert supports(problem["dtype"], blocked=problem["form"] == "block", config=config) is None
+    for problem, cut in sanitize_int8.W4A8:
+        config = Int4Config(**{"block_k": 128, "num_stages": 2, "split_k": 1, "scale_after": True} | cut)
+        groups = 1088 // problem["group"]
+        assert int4_supports(1088, 448, groups, problem["dtype"], config=config) is None
