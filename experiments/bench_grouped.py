@@ -121,7 +121,7 @@ def candidates(layer: str, m: int, form: str) -> list[dict | None]:
 def _cuts(usual: Config, weight_dtype):
     """Of few rows, more warpgroups and other stages; of more, tiles of about as many rows."""
     if usual.block_m <= 32:
-        for count, block_k in itertools.product((2, 3, 4), (128, 256, 512)):
+        for count, block_k in itertools.product((2, 3, 4), (256, 512)):
             yield {"num_warpgroups": count, "block_k": block_k}
         return
     ladder = (48, 64, 80, 96, 112, 128, 256)

@@ -1,9 +1,10 @@
 """A whole mixture-of-experts layer, routing to weighted sum, beside its products: verified, then timed, on a GPU.
 
-    python -m experiments.bench_moe [--layers A B] [--tokens 64 1024] [--json FILE]
+    python -m experiments.bench_moe [--layers A B] [--tokens 64 1024] [--json FILE] [--seconds S]
 
-W4A16 experts in groups of 128, gate and up merged, tokens routed by random logits. "layer" is every kernel of
-`jq.moe` by the profiler, "products" its grouped products alone, "wall" the time of a call among many enqueued.
+Each row runs in a worker process, which compiles all of its programs before its turn at the device. W4A16 experts in
+groups of 128, gate and up merged, tokens routed by random logits. "layer" is every kernel of `jq.moe` by the profiler,
+"products" its grouped products alone, "wall" the time of a call among many enqueued.
 """
 
 import argparse
@@ -16,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
-from experiments import _bars
-from experiments._clock import microseconds_of_each_kernel, rotations, wall_microseconds, write_results
+from experiments import _bars, _bench, _workers
+from experiments._clock import microseconds_of_each_kernel, rotations, wall_microseconds
 from jaxquant.arrays._packed import INT4_LAYOUT
 from pallas_kernels.grouped_matmul import separate
 from pallas_kernels.grouped_matmul.cases import LAYERS
@@ -27,31 +28,37 @@ GROUP = 128
 # x, the hidden rows, the experts' outputs and the result are rounded to bfloat16, and so is each weight of the two
 # products where it is scaled first: half an eps each, silu's slope reaching 1.1.
 TOLERANCE = 8 * 2.0**-8
+# Of the oracle: the device must be still while another worker measures.
+UNSEARCHED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 def main() -> None:
-    """Runs the bench."""
+    """Runs the bench, or as a worker its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--layers", nargs="*", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--tokens", nargs="*", type=int, default=[64, 256, 1024, 4096, 16, 1], help="most wanted first")
     parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--workers", type=int, default=6)
     arguments = parser.parse_args()
-    rows = []
-    for tokens, layer in itertools.product(arguments.tokens, arguments.layers):
-        rows.append(measure(layer, tokens))
-        print(line(rows[-1]), flush=True)
-        if arguments.json:
-            write_results(arguments.json, rows=rows, bars=bars(rows))
-    _bars.show(bars(rows))
+    if arguments.worker:
+        return _workers.serve(lambda item: measure(item["shape"], item["m"]))
+    rows = _workers.run(
+        "experiments.bench_moe",
+        [{"shape": layer, "m": m} for m, layer in itertools.product(arguments.tokens, arguments.layers)],
+        workers=arguments.workers,
+        seconds=arguments.seconds,
+        on_result=lambda row: print(line(row), flush=True),
+    )
+    _bench.finish(arguments.json, bars(rows), rows=rows)
 
 
 def bars(rows: list[dict]) -> list[dict]:
     """The whole layer within 1.25 of its products from 64 tokens up."""
-    timed = [row for row in rows if "layer_us" in row and row["tokens"] >= 64]
+    timed = [row for row in rows if "layer_us" in row and row["m"] >= 64]
     return [
-        _bars.bar(
-            f"{r['layer']} {r['tokens']} tokens, layer beside products", r["layer_us"], r["products_us"], 1 / 1.25
-        )
+        _bars.bar(f"{r['shape']} {r['m']} tokens, layer beside products", r["layer_us"], r["products_us"], 1 / 1.25)
         for r in timed
     ]
 
@@ -88,30 +95,36 @@ def measure(layer: str, tokens: int) -> dict:
     """One row: the error of the layer, then its times."""
     experts, width, hidden, top = LAYERS[layer]
     routing = jq.Routing(per_token=top)
-    keys = iter(jax.random.split(jax.random.key(tokens), 100))
     copies = -(-int(240e6) // (experts * width * hidden * 3 // 2))
-    make = jax.jit(random_experts, static_argnums=(1, 2, 3))
-    weights = [
-        (make(next(keys), experts, width, 2 * hidden), make(next(keys), experts, hidden, width)) for _ in range(copies)
-    ]
-    hit = min(experts, tokens * top)
-    calls = rotations(hit * width * hidden * 3 // 2)
-    x = jax.random.normal(next(keys), (tokens, width), jnp.bfloat16)
-    logits = [jax.random.normal(next(keys), (tokens, experts)) for _ in range(min(calls, 16))]
-    inputs = [(logits[i % len(logits)], *weights[i % copies]) for i in range(calls)]
-    one = jax.jit(lambda x, logits, merged, down: jq.moe(x, logits, merged, None, down, routing))
-    row = {"layer": layer, "tokens": tokens, "calls": calls}
-    if tokens <= 256:
-        got, again = (one(x, *inputs[0]).astype(jnp.float32) for _ in range(2))
-        wanted = exact(x, *inputs[0], routing)
-        row |= {
-            "error": float(jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted)),
-            "deterministic": bool((got == again).all()),
-        }
-        if not (row["error"] <= TOLERANCE and row["deterministic"]):
-            return row
-    program = jax.jit(lambda x, inputs: [jq.moe(x, a, merged, None, b, routing) for a, merged, b in inputs])
-    total, each = microseconds_of_each_kernel(program, (x, inputs), iterations=5)
+    calls = rotations(min(experts, tokens * top) * width * hidden * 3 // 2)
+
+    def draw(key: jax.Array):
+        x, *keys = jax.random.split(key, 1 + 2 * copies + calls)
+        sizes = (width, 2 * hidden), (hidden, width)
+        weights = [[random_experts(keys.pop(), experts, *size) for size in sizes] for _ in range(copies)]
+        logits = [jax.random.normal(keys.pop(), (tokens, experts)) for _ in range(calls)]
+        return jax.random.normal(x, (tokens, width), jnp.bfloat16), logits, weights
+
+    def layers(x: jax.Array, logits: list[jax.Array], weights: list) -> list[jax.Array]:
+        chosen = (weights[i % copies] for i in range(calls))
+        return [jq.moe(x, a, merged, None, down, routing) for a, (merged, down) in zip(logits, chosen, strict=True)]
+
+    made = jax.jit(draw).lower(jax.random.key(0)).compile()
+    program = jax.jit(layers).lower(*made.out_info).compile()
+    x, logits, weights = made.out_info
+    wanted = exact.lower(x, logits[0], *weights[0], routing).compile(compiler_options=UNSEARCHED)
+    row = {"calls": calls}
+    with _workers.device_turn():
+        given = x, logits, weights = made(jax.random.key(tokens))
+        got, again = program(*given), program(*given)
+        row["deterministic"] = all(bool((a == b).all()) for a, b in zip(got, again, strict=True))
+        if tokens <= 256:
+            right = wanted(x, logits[0], *weights[0])
+            row["error_norm"] = float(jnp.linalg.norm(got[0].astype(jnp.float32) - right) / jnp.linalg.norm(right))
+        if not (row.get("error_norm", 0.0) <= TOLERANCE and row["deterministic"]):
+            return row | {"error": f"wrong: {row}"}
+        total, each = microseconds_of_each_kernel(program, given, iterations=5)
+        wall = wall_microseconds(program, given, calls=calls)
     times = sorted((us for _, us in each), reverse=True)
     products = sum(times[: 2 * calls])  # the grouped products are the longest kernels by far
     rest: dict[str, list[float]] = {}
@@ -120,7 +133,7 @@ def measure(layer: str, tokens: int) -> dict:
     return row | {
         "layer_us": total / calls,
         "products_us": products / calls,
-        "wall_us": wall_microseconds(program, (x, inputs), calls=calls),
+        "wall_us": wall,
         "kernels": len(each) / calls,
         "each": {name: [len(us), round(statistics.median(us), 2)] for name, us in rest.items()},
     }
@@ -128,10 +141,10 @@ def measure(layer: str, tokens: int) -> dict:
 
 def line(row: dict) -> str:
     """A row as text."""
-    head = f"{row['layer']:>14} {row['tokens']:>6} "
-    if "layer_us" not in row:
-        return head + f"wrong: error {row['error']:.2e}, deterministic {row['deterministic']}"
-    checked = f", error {row['error']:.1e}" if "error" in row else ""
+    head = f"{row['shape']:>14} {row['m']:>6} "
+    if "error" in row:
+        return head + row["error"]
+    checked = f", error {row['error_norm']:.1e}" if "error_norm" in row else ""
     share = row["layer_us"] / row["products_us"]
     return head + (
         f"layer {row['layer_us']:9.1f} us, products {row['products_us']:9.1f} ({share:.2f}x), wall "
