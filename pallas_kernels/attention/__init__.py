@@ -12,7 +12,12 @@ from jax import lax
 from pallas_kernels._device import wrong_generation
 from pallas_kernels.attention.config import Config, default_config, padded_head_dim, supports
 from pallas_kernels.attention.mosaic_gpu import quantized_attention
-from pallas_kernels.attention.quantize_mosaic_gpu import quantize_keys_mosaic_gpu, quantize_values_mosaic_gpu
+from pallas_kernels.attention.quantize import F16
+from pallas_kernels.attention.quantize_mosaic_gpu import (
+    quantize_keys_mosaic_gpu,
+    quantize_values_mosaic_gpu,
+    smooth_keys_mosaic_gpu,
+)
 from pallas_kernels.attention.reference import MODES, Masking, Window, attention_reference, visible
 
 __all__ = ["MODES", "Config", "attention", "default_config", "supports"]
@@ -158,7 +163,10 @@ def _mosaic_gpu(call: _Call, qkv, masking: Masking) -> jax.Array:
     kv_lengths = masking.kv_lengths
     if kv_lengths is None and k.shape[1] != kv_tokens:
         kv_lengths = jnp.full((batch,), kv_tokens, jnp.int32)
-    keys = k if scores_dtype is None else quantize_keys_mosaic_gpu(k, scores_dtype, block, kv_lengths)
+    if scores_dtype == F16:
+        keys = smooth_keys_mosaic_gpu(k, block, kv_lengths)
+    else:
+        keys = k if scores_dtype is None else quantize_keys_mosaic_gpu(k, scores_dtype, block, kv_lengths)
     values = v
     if values_dtype is not None:
         values = quantize_values_mosaic_gpu(v, values_dtype, block, kv_lengths)

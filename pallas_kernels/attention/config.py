@@ -41,8 +41,8 @@ class Config:
             raise ValueError(f"block_kv must be 64, 128, 192 or 256, got {self.block_kv}")
         if self.stages < 2:
             raise ValueError(f"stages must be at least 2, got {self.stages}")
-        if self.warpgroups not in (1, 2, 3):
-            raise ValueError(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}")
+        if self.warpgroups not in (1, 2, 3, 4):
+            raise ValueError(f"warpgroups must be from 1 to 4, got {self.warpgroups}")
         if self.ping_pong and self.warpgroups != 2:
             raise ValueError(f"ping_pong needs 2 warpgroups, got {self.warpgroups}")
         if not 0 <= self.exponentials_by_polynomial <= 8:
@@ -96,8 +96,8 @@ def padded_head_dim(head_dim: int) -> int:
 def shared_memory(head_dim: int, float_bytes: int, mode: Mode, config: Config) -> int:
     """Bytes of shared memory of one block, with 1 KB for barriers."""
     head_dim = padded_head_dim(head_dim)
-    query_bytes = float_bytes if mode.scores is None else float_bytes + 1  # as they come, and their codes
-    tile_bytes = sum(float_bytes if dtype is None else 1 for dtype in mode)
+    query_bytes = float_bytes + (0 if mode.scores is None else mode.scores.itemsize)  # as they come, and their codes
+    tile_bytes = sum(float_bytes if dtype is None else dtype.itemsize for dtype in mode)
     staged = config.stages * config.block_kv
     ones = SUM_CHANNELS[mode.values] * staged
     return head_dim * (config.warpgroups * ROWS * query_bytes + staged * tile_bytes) + ones + 1024

@@ -36,10 +36,21 @@ from pallas_kernels.attention.registers import (
     along_rows,
     sum_of_parts,
 )
-from pallas_kernels.attention.steps import add_values, hide, pass_turn, quantize_rows, scores, softmax
+from pallas_kernels.attention.steps import (
+    add_values,
+    hide,
+    pass_turn,
+    quantize_rows,
+    scale_rows,
+    scores,
+    softmax,
+    softmax_of_halves,
+)
 
-LOWEST_MAXIMUM = -1e30  # finite, so that a row of masked scores gives weights of 0 and not NaN
-REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # of a thread that computes or copies, by computing warpgroups
+# Of scores in float32 and float16; finite, so that a row of masked scores gives weights of 0 and not NaN.
+LOWEST_MAXIMUM = {False: -1e30, True: -65000.0}
+# Of a thread that computes or copies, by computing warpgroups.
+REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32), 4: (112, 32)}
 
 
 def quantized_attention(
@@ -73,7 +84,7 @@ def quantized_attention(
     batch, tokens, heads, _ = q.shape
     k, k_scale = keys if isinstance(keys, Keys) else (keys, None)
     v, v_scale, v_block_scale = values if isinstance(values, Values) else (values, None, None)
-    kv_heads = k.shape[2 if k_scale is None else 1]
+    kv_heads = k.shape[2 if MODES[mode].scores is None else 1]
     plan = Plan(
         mode=MODES[mode],
         batch=batch,
@@ -151,8 +162,11 @@ def _attend(plan: Plan, refs: Operands, out_ref, smem: Shared, block: Block, gro
     plgpu.copy_gmem_to_smem(refs.q.at[ours], rows, smem.q_ready.at[group])
     plgpu.barrier_wait(smem.q_ready.at[group])
     codes, q_scale = rows, None
-    if plan.mode.scores is not None:
+    if not plan.float_scores:
         codes = smem.codes.at[group]
+    if plan.half_scores:
+        scale_rows(rows, codes, plan.scale * LOG2_E)
+    elif plan.scaled_scores:
         q_scale = quantize_rows(rows, codes, plan.mode.scores) * (plan.scale * LOG2_E)
     if config.ping_pong:
         pl.when(group == 1)(lambda: pass_turn(smem.turn))
@@ -163,7 +177,7 @@ def _attend(plan: Plan, refs: Operands, out_ref, smem: Shared, block: Block, gro
     def step(tile, state):
         acc, maximum, total = state
         k_scale, rescale = None, None  # arrive while the scores are computed
-        if not plan.float_scores:
+        if plan.scaled_scores:
             k_scale = _per_column(refs.k_scale.at[block.batch, block.kv_head, tile])
         if not plan.float_values:
             rescale = block_scale(jnp.maximum(tile - 1, 0), 0) * block_scale(tile, 1)
@@ -171,14 +185,18 @@ def _attend(plan: Plan, refs: Operands, out_ref, smem: Shared, block: Block, gro
         if tiles.masked:
             hidden = functools.partial(hide, plan, block, queries, tile)
             x = lax.cond(tiles.partly_seen(tile), hidden, lambda x: x, x)
-        p, decay, maximum = softmax(plan, x, q_scale, k_scale, maximum)
+        if plan.half_scores:
+            p, decay, maximum = softmax_of_halves(x, maximum)
+        else:
+            p, decay, maximum = softmax(plan, x, q_scale, k_scale, maximum)
         acc, total = add_values(plan, smem, block.slot(tile), p, decay, rescale, acc, total)
         return acc, maximum, total
 
     if plan.sum_channels:
         plgpu.barrier_wait(smem.ones_ready)
     acc = plgpu.layout_cast(jnp.zeros(rows.shape, jnp.float32), TILE)
-    acc, _, total = lax.fori_loop(tiles.begin, tiles.end, step, (acc, _per_row(LOWEST_MAXIMUM), _per_row(0.0)))
+    nothing = acc, _per_row(LOWEST_MAXIMUM[plan.half_scores]), _per_row(0.0)
+    acc, _, total = lax.fori_loop(tiles.begin, tiles.end, step, nothing)
     total = total if plan.sum_channels else sum_of_parts(total)
     if config.ping_pong:
         pl.when(group == 0)(lambda: pass_turn(smem.turn))

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.config import ROWS, SUM_CHANNELS, Config
-from pallas_kernels.attention.quantize import INT8
+from pallas_kernels.attention.quantize import F16, INT8
 from pallas_kernels.attention.reference import Mode, Window
 from pallas_kernels.attention.registers import MAGIC
 from pallas_kernels.attention.tiles import key_tiles
@@ -59,6 +59,16 @@ class Plan:
     def float_scores(self) -> bool:
         """Whether Q K is computed in their own format."""
         return self.mode.scores is None
+
+    @property
+    def half_scores(self) -> bool:
+        """Whether Q K is summed in float16."""
+        return self.mode.scores == F16
+
+    @property
+    def scaled_scores(self) -> bool:
+        """Whether queries and keys are codes with scales."""
+        return not self.float_scores and not self.half_scores
 
     @property
     def float_values(self) -> bool:

@@ -14,6 +14,7 @@ from jax import lax
 LOG2_E = math.log2(math.e)
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 INT8 = jnp.dtype(jnp.int8)
+F16 = jnp.dtype(jnp.float16)
 LARGEST_CODE = {INT8: 127.0, E4M3: 448.0}
 SAMPLE_TOKENS = 128
 SMALLEST_ABSMAX = 1e-12  # keeps the scale of an all-zero group, and the product of two of them, positive
@@ -51,13 +52,22 @@ def quantize_queries(q: jax.Array, scale: float, dtype: jnp.dtype) -> tuple[jax.
 def quantize_keys(k: jax.Array, dtype: jnp.dtype, block: int, lengths: jax.Array | None = None) -> Keys:
     """Smooths keys [B, S, N, H] by their mean, which softmax cannot see, and quantizes them."""
     batch, _, heads, head_dim = k.shape
-    mean = keys_mean(k, lengths)[:, None]
-    smooth = _valid(k.astype(jnp.float32) - jnp.broadcast_to(mean, k.shape), lengths)
-    smooth = _pad_tokens(smooth.swapaxes(1, 2), 2, block)
+    smooth = _smooth(k, block, lengths)
     blocks = smooth.reshape(batch, heads, -1, block // 8, 4, 2, head_dim)
     absmax = absmax_of(blocks, (3, 5, 6))
     codes = round_to(blocks * (LARGEST_CODE[dtype] / absmax)[:, :, :, None, :, None, None], dtype)
     return Keys(codes.reshape(smooth.shape), jnp.repeat(absmax * (1 / LARGEST_CODE[dtype]), 2, axis=3))
+
+
+def smooth_keys(k: jax.Array, block: int, lengths: jax.Array | None = None) -> jax.Array:
+    """Keys [B, S, N, H] less their mean in float16, [B, N, S, H], S padded with zeros to whole blocks."""
+    return _smooth(k, block, lengths).astype(F16)
+
+
+def _smooth(k, block: int, lengths):
+    mean = keys_mean(k, lengths)[:, None]
+    smooth = _valid(k.astype(jnp.float32) - jnp.broadcast_to(mean, k.shape), lengths)
+    return _pad_tokens(smooth.swapaxes(1, 2), 2, block)
 
 
 def keys_mean(k: jax.Array, lengths: jax.Array | None) -> jax.Array:

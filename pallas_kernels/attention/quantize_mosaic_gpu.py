@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._shared_memory import tiled
 from pallas_kernels.attention.quantize import (
+    F16,
     INT8,
     LARGEST_CODE,
     SMALLEST_ABSMAX,
@@ -60,6 +61,21 @@ def quantize_keys_mosaic_gpu(k: jax.Array, dtype: jnp.dtype, block: int, lengths
     return Keys(*call(k, mean, _all_lengths(lengths, batch, tokens)))
 
 
+def smooth_keys_mosaic_gpu(k: jax.Array, block: int, lengths: jax.Array | None) -> jax.Array:
+    """`quantize.smooth_keys` as a kernel, for keys [B, S, K, H] in a 16-bit format, S a multiple of 8."""
+    batch, tokens, heads, head_dim = k.shape
+    tiles = pl.cdiv(tokens, block)
+    call = plgpu.kernel(
+        functools.partial(_smooth_keys, block=block),
+        out_type=jax.ShapeDtypeStruct((batch, heads, tiles * block, head_dim), F16),
+        scratch_types=[tiled((block, head_dim), k.dtype), tiled((block, head_dim), F16), plgpu.Barrier()],
+        grid=(batch, tiles, heads),
+        grid_names=("batch", "tile", "head"),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )
+    return call(k, keys_mean(k, lengths), _all_lengths(lengths, batch, tokens))
+
+
 def quantize_values_mosaic_gpu(v: jax.Array, dtype: jnp.dtype, block: int, lengths: jax.Array | None) -> Values:
     """`quantize.quantize_values` as a kernel, tokens interleaved as `registers.round_to_operand` leaves the weights.
 
@@ -92,15 +108,8 @@ def _all_lengths(lengths, batch: int, tokens: int):
 
 def _quantize_keys(k_ref, mean_ref, length_ref, codes_ref, scale_ref, k_smem, codes_smem, ready, *, block: int):
     batch, head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
-    _copy_tile(k_ref, k_smem, ready, block)
-    mean = plgpu.load(mean_ref.at[batch, head], layout=PER_COLUMN, optimized=False)
+    smoothed = _smoothed(k_ref, mean_ref, length_ref, k_smem, ready, block)
     dtype = jnp.dtype(codes_ref.dtype)
-
-    def smoothed(chunk):
-        x = plgpu.load(k_smem.at[pl.ds(chunk * CHUNK, CHUNK)], layout=TILE).astype(jnp.float32)
-        row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=TILE) + (tile * block + chunk * CHUNK)
-        return jnp.where(row < length_ref[batch], x - along_columns(mean, x), 0.0)
-
     group = lax.div(lax.rem(_iota_rows(), QUAD_COLUMNS), 2)
     absmax = lax.fori_loop(  # a loop: unrolled, its chunks would be in registers together
         0,
@@ -122,6 +131,33 @@ def _quantize_keys(k_ref, mean_ref, length_ref, codes_ref, scale_ref, k_smem, co
 
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(codes_smem, codes_ref.at[batch, head, pl.ds(tile * block, block)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _smoothed(k_ref, mean_ref, length_ref, k_smem, ready, block: int):
+    """Of a chunk of this block's keys, themselves less the mean; zeros past the length."""
+    batch, head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
+    _copy_tile(k_ref, k_smem, ready, block)
+    mean = plgpu.load(mean_ref.at[batch, head], layout=PER_COLUMN, optimized=False)
+
+    def smoothed(chunk):
+        x = plgpu.load(k_smem.at[pl.ds(chunk * CHUNK, CHUNK)], layout=TILE).astype(jnp.float32)
+        row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=TILE) + (tile * block + chunk * CHUNK)
+        return jnp.where(row < length_ref[batch], x - along_columns(mean, x), 0.0)
+
+    return smoothed
+
+
+def _smooth_keys(k_ref, mean_ref, length_ref, out_ref, k_smem, out_smem, ready, *, block: int):
+    batch, head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
+    smoothed = _smoothed(k_ref, mean_ref, length_ref, k_smem, ready, block)
+
+    @pl.loop(0, block // CHUNK)
+    def _(chunk):
+        out_smem[pl.ds(chunk * CHUNK, CHUNK)] = smoothed(chunk).astype(F16)
+
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_smem, out_ref.at[batch, head, pl.ds(tile * block, block)])
     plgpu.wait_smem_to_gmem(0)
 
 

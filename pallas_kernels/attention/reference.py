@@ -8,6 +8,7 @@ from jax import lax
 
 from pallas_kernels.attention.quantize import (
     E4M3,
+    F16,
     INT8,
     LARGEST_CODE,
     LOG2_E,
@@ -15,6 +16,7 @@ from pallas_kernels.attention.quantize import (
     quantize_queries,
     quantize_values,
     round_to,
+    smooth_keys,
 )
 
 Window = tuple[int | None, int | None]
@@ -36,6 +38,7 @@ MODES = {
     "fp8": Mode(E4M3, E4M3),
     "int8_int8": Mode(INT8, INT8),
     "f16_fp8": Mode(None, E4M3),
+    "half_fp8": Mode(F16, E4M3),
 }
 
 
@@ -80,6 +83,9 @@ def _scores(q, k, kv_lengths: jax.Array | None, scale: float, dtype: jnp.dtype |
     shape = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
     if dtype is None:
         return _grouped_scores(q, k.swapaxes(1, 2), k.shape[2]).reshape(shape) * (scale * LOG2_E)
+    if dtype == F16:
+        q = (q.astype(jnp.float32) * (scale * LOG2_E)).astype(F16)
+        return _grouped_scores(q, smooth_keys(k, block, kv_lengths)[:, :, : k.shape[1]], k.shape[2]).reshape(shape)
     codes, q_scale = quantize_queries(q, scale, dtype)
     keys = quantize_keys(k, dtype, block, kv_lengths)
     scores = _grouped_scores(codes, keys.codes, k.shape[2])[..., : k.shape[1]]

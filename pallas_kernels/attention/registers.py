@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_kernels.attention.quantize import INT8
+from pallas_kernels.attention.quantize import E4M3, INT8
 
 TILE = plgpu.Layout.WGMMA
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -101,7 +101,8 @@ def keep_columns(x, first, last):
             ]
             for row in rows
         ]
-        hidden = arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), float("-inf")))
+        dtype = x.mlir_dtype
+        hidden = arith.constant(dtype, ir.FloatAttr.get(dtype, float("-inf")))
         registers = x.registers.copy()
         for index in np.ndindex(registers.shape):
             block, row = index[1], index[4]
@@ -235,6 +236,40 @@ _ROUND_TO_INT8 = (  # adding 1.5 * 2^23 leaves the rounded integer in the low by
     " add.rn.f32 d, $4, 0f4B400000; mov.b32 i, a; mov.b32 j, b; mov.b32 k, c; mov.b32 l, d;"
     " prmt.b32 i, i, j, 0x0040; prmt.b32 k, k, l, 0x0040; prmt.b32 $0, i, k, 0x5410; }"
 )
+
+
+_HALVES_TO_E4M3 = (
+    "{ .reg .b32 a, b; .reg .b16 low, high; add.rn.f16x2 a, $1, $3; add.rn.f16x2 b, $2, $3; ex2.approx.f16x2 a, a;"
+    " ex2.approx.f16x2 b, b; cvt.rn.satfinite.e4m3x2.f16x2 low, a; cvt.rn.satfinite.e4m3x2.f16x2 high, b;"
+    " mov.b32 $0, {low, high}; }"
+)
+
+
+def weights_of_halves(x, shift):
+    """2**(x + shift) of float16 x [rows, columns] and float32 shift [rows], in e4m3 as `round_to_operand` leaves it."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE, PER_ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, E4M3, plgpu.Layout.WGMMA_8BIT)
+    )
+    def weights(ctx, x, shift):
+        word, f16 = ir.IntegerType.get_signless(32), ir.F16Type.get()
+        one, two = ir.VectorType.get((1,), word), ir.VectorType.get((2,), f16)
+
+        def as_word(register):
+            return vector.extract(vector.bitcast(one, register), dynamic_position=[], static_position=[0])
+
+        shifts = [as_word(vector.broadcast(two, arith.truncf(f16, _scalar(row)))) for row in shift.registers.flat]
+        pairs = x.registers.reshape(-1, 2)  # [8-column blocks, rows], each register two adjacent columns
+        packed = np.empty((pairs.shape[0] // 2, 2), dtype=object)
+        for block, row in np.ndindex(packed.shape):
+            arguments = [as_word(pairs[2 * block + half, row]) for half in range(2)]
+            code = llvm.inline_asm(word, [*arguments, shifts[row]], _HALVES_TO_E4M3, "=r,r,r,r", asm_dialect=0)
+            code = vector.bitcast(ir.VectorType.get((4,), ir.IntegerType.get_signless(8)), vector.broadcast(one, code))
+            packed[block, row] = vector.bitcast(ir.VectorType.get((4,), ir.Float8E4M3FNType.get()), code)
+        registers = packed.reshape(fa.WGMMA_LAYOUT_8BIT.registers_shape(x.shape))
+        return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT_8BIT, _is_signed=None)
+
+    return weights(x, shift)  # pyright: ignore[reportCallIssue]
 
 
 def round_to_operand(x, dtype: jnp.dtype):

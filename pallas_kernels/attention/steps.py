@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.config import ROWS
 from pallas_kernels.attention.plan import Block, Plan, Shared
-from pallas_kernels.attention.quantize import INT8, LARGEST_CODE, LOG2_E, SMALLEST_ABSMAX
+from pallas_kernels.attention.quantize import F16, INT8, LARGEST_CODE, LOG2_E, SMALLEST_ABSMAX
 from pallas_kernels.attention.quantize_mosaic_gpu import round_in_place
 from pallas_kernels.attention.registers import (
     MAGIC,
@@ -24,6 +24,7 @@ from pallas_kernels.attention.registers import (
     round_to_operand,
     split_columns,
     sum_of_own_columns,
+    weights_of_halves,
 )
 from pallas_kernels.attention.tiles import visible_columns
 
@@ -71,6 +72,16 @@ def softmax(plan: Plan, x, q_scale, k_scale, maximum):
     return p, decay, new_maximum
 
 
+def softmax_of_halves(x, maximum):
+    """`softmax` of scores in float16 that are in base 2 already, two in an instruction; weights are codes in e4m3.
+
+    The fixed scale is 2^8, so that the exponents' offset is as exact in float16 as the scores are.
+    """
+    largest = jnp.max(largest_of_columns(x, positive=False).astype(jnp.float32), axis=1)
+    new_maximum = jnp.maximum(maximum, largest)
+    return weights_of_halves(x, 8.0 - new_maximum), jnp.exp2(maximum - new_maximum), new_maximum
+
+
 def add_values(plan: Plan, smem: Shared, slot, p, decay, rescale, acc, total):
     """The decayed sums of P V and of P plus those of one tile; `rescale` is of P V alone, for 8-bit values."""
     dtype = plan.mode.values
@@ -79,7 +90,7 @@ def add_values(plan: Plan, smem: Shared, slot, p, decay, rescale, acc, total):
         total = total * decay + sum_of_own_columns(p)
         weights, acc, total = lax.optimization_barrier((weights, acc, total))
     else:
-        weights = round_to_operand(p, dtype)
+        weights = p if plan.half_scores else round_to_operand(p, dtype)
     if plan.config.ping_pong:
         plgpu.barrier_arrive(smem.turn)
     plgpu.barrier_wait(smem.v_ready.at[slot])
@@ -108,14 +119,22 @@ def fresh_product(multiply, shape: tuple[int, int], dtype: jnp.dtype | None):
     It starts from a constant, written before its operands are there: ptxas drops zeros that are a constant, while those
     of a scoped accumulator cost 64 moves right before each product, and 64 additions right after an int8 one.
     """
-    constant = jnp.full(shape, MAGIC_BITS, jnp.int32) if dtype == INT8 else jnp.zeros(shape, jnp.float32)
+    constant = jnp.zeros(shape, F16 if dtype == F16 else jnp.float32)
+    if dtype == INT8:
+        constant = jnp.full(shape, MAGIC_BITS, jnp.int32)
     product = pl.run_state(multiply)(plgpu.ACC.init(plgpu.layout_cast(constant, TILE)))
-    return lax.bitcast_convert_type(product, jnp.float32)  # pyright: ignore[reportArgumentType] - an array by now
+    return lax.bitcast_convert_type(product, jnp.float32) if dtype == INT8 else product
 
 
 def added_product(multiply, acc):
     """A product added to acc."""
     return pl.run_state(multiply)(plgpu.ACC.init(acc))
+
+
+def scale_rows(q_ref, out_ref, scale: float):
+    """Scales queries within shared memory, to float16."""
+    out_ref[...] = (plgpu.load(q_ref, layout=TILE).astype(jnp.float32) * scale).astype(F16)
+    plgpu.commit_smem()
 
 
 def quantize_rows(q_ref, codes_ref, dtype: jnp.dtype):

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import Config
-from pallas_kernels.attention.quantize import E4M3, INT8, quantize_keys, quantize_values
+from pallas_kernels.attention.quantize import E4M3, F16, INT8, quantize_keys, quantize_values, smooth_keys
 from pallas_kernels.attention.reference import MODES, Masking, Window, attention_reference, visible
 from pallas_kernels.attention.registers import MAGIC
 
@@ -34,7 +34,7 @@ def fresh_product(multiply, shape, dtype):
         multiply(ref)
         return ref[...]
 
-    x = pl.run_scoped(product, plgpu.ACC(shape, accumulator)).astype(jnp.float32)
+    x = pl.run_scoped(product, plgpu.ACC(shape, accumulator)).astype(F16 if dtype == F16 else jnp.float32)
     return x + MAGIC if dtype == INT8 else x
 
 
@@ -64,6 +64,7 @@ REPLACED = {
     "added_product": added_product,
     "round_to_operand": round_to_operand,
     "keep_columns": keep_columns,
+    "weights_of_halves": lambda x, shift: interleaved(jnp.exp2(x + shift.astype(F16)[:, None]).astype(E4M3)),
     "repeat_columns": lambda x, columns: jnp.tile(x, (1, columns // 8)),
     "largest_of_columns": lambda x, positive: x.reshape(x.shape[0], -1, 8).max(axis=1),
     "powers_of_two": lambda y, by_polynomial: jnp.exp2(y),
@@ -108,6 +109,9 @@ PROBLEMS = {
     ),
     "one_token": Problem("int8_fp8", TURNS, (1, 1, 1, 4, 2, 128)),
     "more_queries_than_keys": Problem("int8_f16", TURNS, (1, 150, 70, 1, 1, 128), (20, 0)),
+    "halves": Problem(
+        "half_fp8", Config(64, 2, 1, False), (2, 70, 200, 1, 1, 64), (90, 0), ((70, 33), (200, 128))
+    ),
     "no_turns": Problem("int8_fp8", Config(128, 2, 2, False), (1, 130, 264, 1, 1, 64)),
 }
 
@@ -144,7 +148,10 @@ def interpreted(monkeypatch, complete_interpreter):
         q_lengths, kv_lengths = problem.masking[2:]
         q, k, v = spoiled(q, q_lengths), spoiled(k, kv_lengths), spoiled(v, kv_lengths)
         block = problem.config.block_kv
-        keys = k if scores_dtype is None else quantize_keys(k, scores_dtype, block, kv_lengths)
+        if scores_dtype == F16:
+            keys = smooth_keys(k, block, kv_lengths)
+        else:
+            keys = k if scores_dtype is None else quantize_keys(k, scores_dtype, block, kv_lengths)
         values = v
         if values_dtype is not None:
             values = quantize_values(v, values_dtype, block, kv_lengths)
@@ -187,7 +194,7 @@ def test_exactly_the_visible_keys_count(rng, interpreted, name):
     np.testing.assert_allclose(out, expected, rtol=2.0**-8, atol=0)
 
 
-@pytest.mark.parametrize("name", ["causal", "lengths", "one_token", "more_queries_than_keys", "no_turns"])
+@pytest.mark.parametrize("name", ["causal", "lengths", "one_token", "more_queries_than_keys", "halves", "no_turns"])
 def test_interpreted_kernel_is_the_reference(rng, interpreted, name):
     problem = PROBLEMS[name]
     q, k, v = problem.arrays(rng)
