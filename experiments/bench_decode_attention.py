@@ -59,19 +59,20 @@ def measure(item: dict) -> dict:
     make = functools.partial(inputs, case, mode)
     key = jax.random.key(secrets.randbits(31))
     args = jax.eval_shape(make, key)
-    program = _compiled(_program(case, item), *args)
-    out = jax.eval_shape(_program(case, item), *args)
-    checks = (
-        _compiled(_repeats, out, out),
-        _compiled(functools.partial(_difference, mode=mode, case=case), args, out, jax.ShapeDtypeStruct((), jnp.int32)),
-    )
-    make = _compiled(make, key)
+    run, to_check, make = _compiled(program(case, item), *args), checks(case, mode, args), _compiled(make, key)
     with _workers.device_turn():
         args = make(key)
-        row = verify(program, args, case, mode, checks)
+        row = verify(run, args, case, mode, to_check)
         if row["ok"] and item["case"] in SPEED:
-            row |= _times(program, args, case, mode)
+            row |= _times(run, args, case, mode)
     return row
+
+
+def checks(case: Case, mode: str, args):
+    """Compiles what `verify` asks of results, for arguments like args."""
+    out = jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)
+    difference = functools.partial(_difference, mode=mode, case=case)
+    return _compiled(_repeats, out, out), _compiled(difference, args, out, jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def _compiled(fn, *shapes):
@@ -120,7 +121,8 @@ def _cache(case: Case, mode: str, keys) -> Cache:
     return Cache(*codes, *scales, None, None, *recent, table)
 
 
-def _program(case: Case, item: dict):
+def program(case: Case, item: dict):
+    """The step of a row, of the arguments that `inputs` makes."""
     if item["mode"] == "cudnn":
 
         def cudnn(q, k, v, lengths):
@@ -135,10 +137,10 @@ def _program(case: Case, item: dict):
     return ours
 
 
-def verify(program, args, case: Case, mode: str, checks) -> dict:
+def verify(run, args, case: Case, mode: str, to_check) -> dict:
     """The error of the first and the last sequence, and whether the program repeats itself to the bit."""
-    repeats, difference = checks
-    first, second = (jax.block_until_ready(program(*args)) for _ in range(2))
+    repeats, difference = to_check
+    first, second = (jax.block_until_ready(run(*args)) for _ in range(2))
     same, finite = repeats(first, second)
     sequences = range(case.batch) if case.lengths is not None else sorted({0, case.batch - 1})
     errors = [float(difference(args, first, jnp.int32(b))) for b in sequences]
@@ -175,8 +177,8 @@ def _exact(args, sequence: jax.Array, *, mode: str, case: Case) -> jax.Array:
         return decode_attention(q, **cache, lengths=lengths, implementation="xla")[0]
 
 
-def _times(program, args, case: Case, mode: str) -> dict:
-    us, medians = microseconds_of_each_kernel(program, args)
+def _times(run, args, case: Case, mode: str) -> dict:
+    us, medians = microseconds_of_each_kernel(run, args)
     bytes_read = case.bytes_read(BITS.get(mode, 16))
     return {
         "us": us,

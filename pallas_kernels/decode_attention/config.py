@@ -11,7 +11,6 @@ from pallas_kernels.decode_attention.layout import GROUP as GROUP_SIZE
 SHARED_MEMORY_BYTES = 227 * 1024  # of one block at most; a multiprocessor has what each block reserves more
 RESERVED_BYTES = 1024
 ALIGNMENT = 1024
-REDUCTION_BYTES = 1024  # in which the four warps of a block compare their maxima
 STATISTIC_ROWS = 64  # the maxima and sums travel as a tile of equal rows
 MULTIPROCESSORS = 132
 CLUSTER_GROUPS = 8, 16  # groups of multiprocessors that a cluster must fit into, and their size at least
@@ -33,6 +32,7 @@ class Config:
         span: tokens of values that are brought to the L2 cache at a time, or 0: a row of a tile is a piece of
             memory too short for DRAM.
         teams: warpgroups of a block, which share its part of the context; 2 need a split of at least 2.
+        ahead: whether the first of a tile's values are unpacked before the weights are known.
         spread: whether every warp starts some of a tile's copies, instead of one all.
     """
 
@@ -42,6 +42,7 @@ class Config:
     span: int = 0
     spread: bool = False
     teams: int = 1
+    ahead: bool = False
 
     def __post_init__(self):
         if self.block not in (64, 128):
@@ -120,7 +121,7 @@ def shared_memory(q: jax.Array, cache: Cache, config: Config) -> int:
     head_dim, group = q.shape[2], padded_group(q.shape[1], cache.k.shape[1])
     staged, block = config.stages * config.block, config.block
     tiles = 2 * [staged * head_dim * cache.bits // 8]
-    buffers = [2 * group * head_dim, 2 * group * head_dim, 2 * group * block, REDUCTION_BYTES]
+    buffers = [2 * group * head_dim, 2 * group * head_dim, 2 * group * block, 4 * 4 * group]  # last, maxima of warps
     if cache.grouped:
         tiles += 4 * [2 * staged * head_dim // GROUP_SIZE]
     elif cache.bits == 8:

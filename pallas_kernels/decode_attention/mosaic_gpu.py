@@ -10,6 +10,7 @@ tiles may come from a ring of recent tokens that were not rounded.
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -20,13 +21,13 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._shared_memory import tiled
-from pallas_kernels.decode_attention import operand
+from pallas_kernels.decode_attention import columns, operand
 from pallas_kernels.decode_attention.cache import Cache
-from pallas_kernels.decode_attention.config import REDUCTION_BYTES, STATISTIC_ROWS, Config, padded_group
+from pallas_kernels.decode_attention.columns import PER_COLUMN
+from pallas_kernels.decode_attention.config import STATISTIC_ROWS, Config, padded_group
 from pallas_kernels.decode_attention.operand import TILE
 from pallas_kernels.decode_attention.reference import quantized_tokens
 
-PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 LOWEST_MAXIMUM = -1e30  # finite, so that a block without tokens weighs 0 and not NaN
 VALUE_TOKENS = 32  # of one product of the output: few enough that their operand leaves registers for four blocks
 LOG2_E = math.log2(math.e)
@@ -94,7 +95,7 @@ def _scratch(plan: _Plan, operands: dict, team: int) -> dict:
         "rows": plgpu.SMEM((group, head_dim), q.dtype),  # queries as they come, outputs as they go
         "q": tiled((group, head_dim), dtype, head_dim // 2 if plan.coded else None),
         "p": tiled((group, block), dtype, VALUE_TOKENS if plan.coded else None),
-        "reduction": plgpu.SMEM((REDUCTION_BYTES // 4,), jnp.float32),
+        "reduction": plgpu.SMEM((WARPS * group,), jnp.float32),
         "q_ready": plgpu.Barrier(),
         "ready": plgpu.Barrier(num_barriers=stages, num_arrivals=len(copied)),
     }
@@ -192,6 +193,9 @@ def _attend(plan: _Plan, refs: dict, out_ref, smem: dict, team: int):
         scale = None
         if plan.coded and not plan.grouped and not recent:
             scale = operand.token_order(smem["v_scale"].at[slot])
+        values = iter(() if recent or not plan.coded else _parts(plan, "v", smem, slot, smem["p"]))
+        if plan.config.ahead:
+            values = itertools.chain(list(itertools.islice(values, 1)), values)
         p, decay, state = _softmax(jnp.where(seen, x, -jnp.inf), scale, state, smem["reduction"])
         weights = smem["recent_p" if recent else "p"]
         weights.T[...] = jnp.where(seen, p, 0.0).astype(weights.dtype)
@@ -199,7 +203,7 @@ def _attend(plan: _Plan, refs: dict, out_ref, smem: dict, team: int):
         if recent:
             plgpu.barrier_wait(smem["recent_v_ready"])
         acc, *statistics = state
-        acc = acc * _along_columns(decay, acc) + _output(plan, smem, slot, recent)
+        acc = acc * _along_columns(decay, acc) + _output(plan, smem, slot, values, recent)
         _synchronize_warpgroup()  # every warp has read its part of the tile
         if recent:
             pl.when(tile + 1 < last)(lambda: fetch_recent(tile + 1))
@@ -218,7 +222,7 @@ def _attend(plan: _Plan, refs: dict, out_ref, smem: dict, team: int):
         pl.when(first_recent < last)(lambda: fetch_recent(first_recent))
         state = lax.fori_loop(first_recent, last, functools.partial(step, recent=True), state)
     acc, maximum, total = state
-    state = acc, maximum, _over_rows("add", total, smem["reduction"])
+    state = acc, maximum, columns.over_rows("add", total, smem["reduction"])
     if split == 1:
         return _store(state, out_ref.at[batch, head], smem)
     pl.when(rank != 0)(lambda: _send(state, rank, smem))
@@ -324,13 +328,13 @@ def _scores(plan: _Plan, smem: dict, slot, recent: bool):
     return x
 
 
-def _output(plan: _Plan, smem: dict, slot, recent: bool):
+def _output(plan: _Plan, smem: dict, slot, values, recent: bool):
     """What a slot's values add to the output [H, group]."""
     group, head_dim = smem["q"].shape
     if recent:
         return _product([(smem["recent_v"], smem["recent_p"].T)], (head_dim, group))
     if plan.coded:
-        return _product(_parts(plan, "v", smem, slot, smem["p"]), (head_dim, group))
+        return _product(values, (head_dim, group))
     return _product([(smem["v"].at[slot], smem["p"].T)], (head_dim, group))
 
 
@@ -364,26 +368,13 @@ def _softmax(x, scale, state, scratch):
     """
     acc, maximum, total = state
     scaled = x if scale is None else x + _along_rows(jnp.log2(scale), x)
-    new_maximum = jnp.maximum(maximum, _over_rows("max", scaled, scratch))
+    new_maximum = jnp.maximum(maximum, columns.over_rows("max", scaled, scratch))
     decay = jnp.exp2(maximum - new_maximum)
     p = weights = jnp.exp2(scaled - _along_columns(new_maximum, x))
     if scaled is not x:
         weights = jnp.exp2(x - _along_columns(new_maximum, x))
     total = total * _along_columns(decay, total) + weights
     return p, decay, (acc, new_maximum, total)
-
-
-def _over_rows(op: str, x, scratch):
-    """The sum or maximum of each column of x, through shared memory of the warpgroup's own."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(TILE, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((x.shape[1],), jnp.float32, PER_COLUMN),
-    )
-    def reduce(_, x, scratch):
-        return x.reduce(op, 0, scratch)
-
-    return reduce(x, scratch)  # pyright: ignore[reportCallIssue] - the context is passed by the decorator
 
 
 def _send(state, rank, smem: dict):
@@ -402,8 +393,7 @@ def _merge(state, smem: dict):
     plgpu.barrier_wait(smem["arrived"])
     for other in range(smem["partial"].shape[0]):
         other_maximum, other_total = (
-            _over_rows("max", plgpu.load(smem[name].at[other], layout=TILE), smem["reduction"])
-            for name in ("maximum", "total")
+            columns.any_row(plgpu.load(smem[name].at[other], layout=TILE)) for name in ("maximum", "total")
         )
         new_maximum = jnp.maximum(maximum, other_maximum)
         ours, theirs = jnp.exp2(maximum - new_maximum), jnp.exp2(other_maximum - new_maximum)

@@ -84,7 +84,7 @@ def channel_order(rows, *, bits: int) -> jax.Array:
         return_type=plgpu.ShapeDtypeStruct((head_dim, columns), rows.dtype, TILE),
     )
     def load(_, rows) -> Any:
-        lane = _Lane()
+        lane = Lane()
         element = ir.MemRefType(rows.type).element_type
         registers = np.empty((head_dim // 64, columns // 8, 2), dtype=object)
         for block, column, half in np.ndindex(*registers.shape):
@@ -112,7 +112,7 @@ def token_order(per_token) -> jax.Array:
         arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct(per_token.shape, per_token.dtype, PER_ROW)
     )
     def load(_, per_token) -> Any:
-        lane, layout = _Lane(), PER_ROW.to_mgpu()
+        lane, layout = Lane(), PER_ROW.to_mgpu()
         count = ir.MemRefType(per_token.type).shape[0]
         registers = np.array(
             [
@@ -134,7 +134,7 @@ def token_of_row(row: jax.Array) -> jax.Array:
     return (row & ~31) | bit(0) | (bit(3) << 1) | (bit(4) << 2) | (((row >> 1) & 3) << 3)
 
 
-class _Lane:
+class Lane:
     """Where a thread stands, and sums of such numbers as MLIR values."""
 
     def __init__(self):
@@ -144,22 +144,26 @@ class _Lane:
         self.row, self.quad = self.divide(lane, 4)
 
     def constant(self, value: int):
+        """A number known now."""
         return mgpu.utils.c(value, self.type)
 
     def divide(self, x, by: int) -> tuple:
+        """Quotient and remainder."""
         return arith.divui(x, self.constant(by)), arith.remui(x, self.constant(by))
 
     def times(self, x, by: int):
+        """A product with a number known now."""
         return arith.muli(x, self.constant(by))
 
     def sum(self, *terms, constant: int = 0):
+        """A sum."""
         total = self.constant(constant)
         for term in terms:
             total = arith.addi(total, term)
         return total
 
 
-def _token_row(lane: _Lane, block: int, half: int):
+def _token_row(lane: Lane, block: int, half: int):
     """The token of a thread's row of a half, in `keys_operand`'s order."""
     group, warp = lane.divide(lane.warp, 2)
     run, last = lane.divide(lane.row, 2)
@@ -168,7 +172,7 @@ def _token_row(lane: _Lane, block: int, half: int):
     )
 
 
-def _natural_row(lane: _Lane, block: int, half: int):
+def _natural_row(lane: Lane, block: int, half: int):
     return lane.sum(lane.times(lane.warp, 16), lane.row, constant=64 * block + 8 * half)
 
 
@@ -185,7 +189,7 @@ class _Source:
     run: int
     row_of_half: Callable
 
-    def words(self, ref, row, lane: _Lane, itemsize: int = 1) -> list:
+    def words(self, ref, row, lane: Lane, itemsize: int = 1) -> list:
         """The thread's 32-bit words of a row: its elements in the order of the product's columns."""
         elements = self.shape[1] // 4
         count = min(self.run, elements, 16 // itemsize)
@@ -205,7 +209,7 @@ def _operand(source: _Source, codes, scale, offset, *, by_lane: bool) -> jax.Arr
         return_type=plgpu.ShapeDtypeStruct(source.shape, DTYPE, TILE),
     )
     def emit(_, codes, *grids) -> Any:
-        lane, registers = _Lane(), []
+        lane, registers = Lane(), []
         for block in range(source.shape[0] // 64):
             if grids:
                 registers += _unpack_groups(source, lane, block, by_lane, codes, *grids)
@@ -220,7 +224,7 @@ def _operand(source: _Source, codes, scale, offset, *, by_lane: bool) -> jax.Arr
     return emit(codes, *grids)
 
 
-def _unpack_bytes(source: _Source, lane: _Lane, block: int, codes) -> list:
+def _unpack_bytes(source: _Source, lane: Lane, block: int, codes) -> list:
     """The registers of 64 rows of 8-bit codes, in the operand's order."""
     rows = [source.words(codes, source.row_of_half(lane, block, half), lane) for half in range(2)]
     is_int8 = isinstance(ir.MemRefType(codes.type).element_type, ir.IntegerType)
@@ -236,7 +240,7 @@ def _unpack_bytes(source: _Source, lane: _Lane, block: int, codes) -> list:
     return registers
 
 
-def _unpack_groups(source: _Source, lane: _Lane, block: int, by_lane: bool, codes, scale, offset) -> list:
+def _unpack_groups(source: _Source, lane: Lane, block: int, by_lane: bool, codes, scale, offset) -> list:
     """The registers of 64 rows of packed codes: one shift, one mask and one multiply-add for two of them."""
     group, warp = lane.divide(lane.warp, 2)
     group = lane.sum(group, constant=2 * block)
@@ -262,7 +266,7 @@ def _unpack_groups(source: _Source, lane: _Lane, block: int, by_lane: bool, code
     return registers
 
 
-def _words_by_lane(source: _Source, codes, row, place, lane: _Lane) -> list:
+def _words_by_lane(source: _Source, codes, row, place, lane: Lane) -> list:
     """The thread's words of the packed keys of a group that begins at a row, as `layout.pack_keys` sorts them."""
     head_dim = ir.MemRefType(codes.type).shape[1]
     count, (span, inside) = min(source.shape[1] // 4, 16), divmod(source.first // 4, 16)

@@ -1,0 +1,33 @@
+"""Small decode steps of each kind of cache and cut, for compute-sanitizer.
+
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+timeout 300 compute-sanitizer --tool memcheck python -m experiments.sanitize_decode_attention
+timeout 300 compute-sanitizer --tool racecheck python -m experiments.sanitize_decode_attention
+"""
+
+import jax
+
+from experiments import bench_decode_attention as bench
+from pallas_kernels.decode_attention.cases import Case
+
+# Pages, ragged lengths, an empty sequence, rings; two warpgroups a block and clusters, rows of two tiles.
+RAGGED = Case(3, 512, 8, 2, lengths=(512, 0, 333))
+PAGED = Case(2, 512, 8, 2, page_size=128, lengths=(449, 129))
+STEPS = (
+    (PAGED, "int4", [64, 2, 2, 128, True, 2, True]),
+    (RAGGED, "int8", [64, 2, 2, 256, True, 2, True]),
+    (RAGGED, "bf16", [64, 2, 1]),
+)
+
+
+def main() -> None:
+    """Runs every step twice and prints what the checks say."""
+    for case, mode, config in STEPS:
+        item = {"mode": mode, "config": config}
+        args = jax.jit(lambda key, case=case, mode=mode: bench.inputs(case, mode, key))(jax.random.key(3))
+        checks = bench.checks(case, mode, args)
+        print(case, mode, config, bench.verify(jax.jit(bench.program(case, item)), args, case, mode, checks), flush=True)
+
+
+if __name__ == "__main__":
+    main()
