@@ -127,8 +127,8 @@ def _cuts(usual: Config, weight_dtype):
     ladder = (48, 64, 80, 96, 112, 128, 256)
     place = ladder.index(usual.block_m)
     row_tiles = (1,) if weight_dtype == jnp.int32 else (1, 2)
-    for block_m, block_k, tiles in itertools.product(ladder[max(0, place - 2) : place + 2], (128, 256), row_tiles):
-        yield {"block_m": block_m, "block_k": block_k, "row_tiles": tiles}
+    for block_m, tiles in itertools.product(ladder[max(0, place - 2) : place + 2], row_tiles):
+        yield {"block_m": block_m, "row_tiles": tiles}
 
 
 def measure(item: dict) -> dict:

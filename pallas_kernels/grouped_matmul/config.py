@@ -167,8 +167,8 @@ def tile_bound(rows: int, num_experts: int, block_m: int) -> int:
 def widths(block_m: int, step: int = ALIGNMENT) -> tuple[int, ...]:
     """Rows that a tile may be cut to, since the tensor cores' time is that of the rows that are multiplied.
 
-    A tile of more than 64 rows that holds all of an expert of about as many is cut by eights; one of 128 and more is
-    one of several, of which the last holds anything.
+    A tile of more than 64 rows that holds all of an expert of about as many is cut finely; one of 128 and more is one
+    of several, of which the last holds anything. Each width is a body of the kernel, and takes its time to compile.
 
     Args:
       block_m: rows of a whole tile.
@@ -177,7 +177,7 @@ def widths(block_m: int, step: int = ALIGNMENT) -> tuple[int, ...]:
     if block_m <= TILE:
         return (block_m,)
     if block_m < BLOCK:
-        return tuple(range(block_m - 4 * ALIGNMENT, block_m + 1, step))
+        return tuple(block_m - less for less in (32, 24, 16, 0) if less % step == 0)
     part = block_m // 4 if block_m == BLOCK else block_m // 2
     return tuple(range(part, block_m + 1, part))
 
