@@ -25,8 +25,8 @@ def main() -> None:
     for case, mode, config in STEPS:
         item = {"mode": mode, "config": config}
         args = jax.jit(lambda key, case=case, mode=mode: bench.inputs(case, mode, key))(jax.random.key(3))
-        checks = bench.checks(case, mode, args)
-        print(case, mode, config, bench.verify(jax.jit(bench.program(case, item)), args, case, mode, checks), flush=True)
+        run, checks = jax.jit(bench.program(case, item)), bench.checks(case, mode, args)
+        print(case, mode, config, bench.verify(run, args, case, mode, checks), flush=True)
 
 
 if __name__ == "__main__":
