@@ -186,7 +186,7 @@ def _attend(plan: Plan, refs: Operands, out_ref, smem: Shared, block: Block, gro
             hidden = functools.partial(hide, plan, block, queries, tile)
             x = lax.cond(tiles.partly_seen(tile), hidden, lambda x: x, x)
         if plan.half_scores:
-            p, decay, maximum = softmax_of_halves(x, maximum)
+            p, decay, maximum = softmax_of_halves(plan, x, maximum)
         else:
             p, decay, maximum = softmax(plan, x, q_scale, k_scale, maximum)
         acc, total = add_values(plan, smem, block.slot(tile), p, decay, rescale, acc, total)

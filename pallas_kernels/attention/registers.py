@@ -238,15 +238,35 @@ _ROUND_TO_INT8 = (  # adding 1.5 * 2^23 leaves the rounded integer in the low by
 )
 
 
-_HALVES_TO_E4M3 = (
-    "{ .reg .b32 a, b; .reg .b16 low, high; add.rn.f16x2 a, $1, $3; add.rn.f16x2 b, $2, $3; ex2.approx.f16x2 a, a;"
-    " ex2.approx.f16x2 b, b; cvt.rn.satfinite.e4m3x2.f16x2 low, a; cvt.rn.satfinite.e4m3x2.f16x2 high, b;"
-    " mov.b32 $0, {low, high}; }"
+def _two_halves(value: float) -> str:
+    bits = int(np.float16(value).view(np.uint16))
+    return f"0x{bits << 16 | bits:08X}"
+
+
+# As `_parabola`, two at a time: 1.5 * 2^10 has steps of 1 in float16. Below 2^-10, half of e4m3's smallest, all is 0.
+_CONSTANTS = {"lowest": -14, "magic": 1536, "c0": PARABOLA[0], "c1": PARABOLA[1], "c2": PARABOLA[2]}
+_LOAD_CONSTANTS = "".join(f" mov.b32 {name}, {_two_halves(value)};" for name, value in _CONSTANTS.items())
+_POWER_OF_HALVES = (
+    "max.f16x2 x, x, lowest; add.rn.f16x2 n, x, magic; sub.rn.f16x2 p, n, magic; sub.rn.f16x2 x, x, p;"
+    " fma.rn.f16x2 p, x, c2, c1; fma.rn.f16x2 p, p, x, c0; and.b32 n, n, 0x003F003F; mad.lo.u32 x, n, 1024, p;"
 )
 
 
-def weights_of_halves(x, shift):
-    """2**(x + shift) of float16 x [rows, columns] and float32 shift [rows], in e4m3 as `round_to_operand` leaves it."""
+def _halves_to_e4m3(by_polynomial: tuple[bool, bool]) -> str:
+    """PTX for e4m3 of 2**($1 + $3) and 2**($2 + $3), each two halves."""
+    text = "{ .reg .b32 x, n, p, lowest, magic, c0, c1, c2; .reg .b16 part0, part1;"
+    text += _LOAD_CONSTANTS if any(by_polynomial) else ""
+    for part, polynomial in enumerate(by_polynomial):
+        text += f" add.rn.f16x2 x, ${part + 1}, $3; {_POWER_OF_HALVES if polynomial else 'ex2.approx.f16x2 x, x;'}"
+        text += f" cvt.rn.satfinite.e4m3x2.f16x2 part{part}, x;"
+    return text + " mov.b32 $0, {part0, part1}; }"
+
+
+def weights_of_halves(x, shift, by_polynomial: int):
+    """2**(x + shift) of float16 x [rows, columns] and float32 shift [rows], in e4m3 as `round_to_operand` leaves it.
+
+    Of every 16 blocks of 8 columns, `by_polynomial` are by a parabola as in `powers_of_two`.
+    """
 
     @plgpu.inline_mgpu(
         arg_types=(TILE, PER_ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, E4M3, plgpu.Layout.WGMMA_8BIT)
@@ -263,7 +283,9 @@ def weights_of_halves(x, shift):
         packed = np.empty((pairs.shape[0] // 2, 2), dtype=object)
         for block, row in np.ndindex(packed.shape):
             arguments = [as_word(pairs[2 * block + half, row]) for half in range(2)]
-            code = llvm.inline_asm(word, [*arguments, shifts[row]], _HALVES_TO_E4M3, "=r,r,r,r", asm_dialect=0)
+            mixed = tuple((2 * block + half) * by_polynomial % 16 < by_polynomial for half in range(2))
+            asm = _halves_to_e4m3(mixed)
+            code = llvm.inline_asm(word, [*arguments, shifts[row]], asm, "=r,r,r,r", asm_dialect=0)
             code = vector.bitcast(ir.VectorType.get((4,), ir.IntegerType.get_signless(8)), vector.broadcast(one, code))
             packed[block, row] = vector.bitcast(ir.VectorType.get((4,), ir.Float8E4M3FNType.get()), code)
         registers = packed.reshape(fa.WGMMA_LAYOUT_8BIT.registers_shape(x.shape))

@@ -72,14 +72,15 @@ def softmax(plan: Plan, x, q_scale, k_scale, maximum):
     return p, decay, new_maximum
 
 
-def softmax_of_halves(x, maximum):
+def softmax_of_halves(plan: Plan, x, maximum):
     """`softmax` of scores in float16 that are in base 2 already, two in an instruction; weights are codes in e4m3.
 
     The fixed scale is 2^8, so that the exponents' offset is as exact in float16 as the scores are.
     """
     largest = jnp.max(largest_of_columns(x, positive=False).astype(jnp.float32), axis=1)
     new_maximum = jnp.maximum(maximum, largest)
-    return weights_of_halves(x, 8.0 - new_maximum), jnp.exp2(maximum - new_maximum), new_maximum
+    codes = weights_of_halves(x, 8.0 - new_maximum, plan.config.exponentials_by_polynomial)
+    return codes, jnp.exp2(maximum - new_maximum), new_maximum
 
 
 def add_values(plan: Plan, smem: Shared, slot, p, decay, rescale, acc, total):

@@ -64,7 +64,7 @@ REPLACED = {
     "added_product": added_product,
     "round_to_operand": round_to_operand,
     "keep_columns": keep_columns,
-    "weights_of_halves": lambda x, shift: interleaved(jnp.exp2(x + shift.astype(F16)[:, None]).astype(E4M3)),
+    "weights_of_halves": lambda x, shift, _: interleaved(jnp.exp2(x + shift.astype(F16)[:, None]).astype(E4M3)),
     "repeat_columns": lambda x, columns: jnp.tile(x, (1, columns // 8)),
     "largest_of_columns": lambda x, positive: x.reshape(x.shape[0], -1, 8).max(axis=1),
     "powers_of_two": lambda y, by_polynomial: jnp.exp2(y),

@@ -33,6 +33,10 @@ class Fragment:
     def splat(value, shape, layout, is_signed=None):
         return Fragment(_registers=value, _layout=layout, _is_signed=None)
 
+    @property
+    def mlir_dtype(self):
+        return next(iter(self.registers.flat)).dtype
+
     def _each(self, function, *others):
         values = [self.registers, *(other.registers if isinstance(other, Fragment) else other for other in others)]
         registers = np.empty(next(value.shape for value in values if value.dtype == object), dtype=object)
@@ -123,6 +127,21 @@ def byte_permute(a, b, selector):
     return np.ascontiguousarray(np.stack(chosen, axis=-1)).view(np.uint32)[:, 0]
 
 
+HALVES = {
+    "add.rn.f16x2": np.add,
+    "sub.rn.f16x2": np.subtract,
+    "max.f16x2": np.maximum,
+    "ex2.approx.f16x2": np.exp2,
+    "fma.rn.f16x2": lambda a, b, c: a.astype(np.float32) * b.astype(np.float32) + c.astype(np.float32),
+}
+WORDS = {"and.b32": np.bitwise_and, "mad.lo.u32": lambda a, b, c: a * b + c}
+
+
+def halves(word):
+    """Of words over the threads, the two float16 in each."""
+    return np.broadcast_to(np.asarray(word, np.uint32), THREADS.shape).copy().view(np.float16).reshape(-1, 2)
+
+
 def run_ptx(text, arguments):
     """What a block of PTX of few instructions leaves in $0."""
     values = {f"${i + 1}": x for i, x in enumerate(arguments)}
@@ -130,7 +149,7 @@ def run_ptx(text, arguments):
     def value(name):
         if name.startswith("0f"):
             return np.uint32(int(name[2:], 16)).view(np.float32)
-        return int(name, 16) if name.startswith("0x") else values[name]
+        return int(name, 0) if name[0].isdigit() else values[name]
 
     e4m3 = lambda x: np.asarray(jnp.asarray(x).astype(E4M3)).view(np.uint8).astype(np.uint32)  # noqa: E731
     for statement in text.strip("{} ").split(";"):
@@ -140,6 +159,14 @@ def run_ptx(text, arguments):
             values[target] = (value(sources[0]) + value(sources[1])).astype(np.float32)
         elif operation == "cvt.rn.satfinite.e4m3x2.f32":  # the first source goes to the upper half
             values[target] = e4m3(value(sources[0])) << 8 | e4m3(value(sources[1]))
+        elif operation == "cvt.rn.satfinite.e4m3x2.f16x2":
+            low, high = e4m3(halves(value(sources[0])).astype(np.float32)).T
+            values[target] = high << 8 | low
+        elif operation in HALVES:
+            result = HALVES[operation](*(halves(value(x)) for x in sources)).astype(np.float16)
+            values[target] = np.ascontiguousarray(result).view(np.uint32)[:, 0]
+        elif operation in WORDS:
+            values[target] = WORDS[operation](*(np.asarray(value(x), np.uint32) for x in sources))
         elif operation == "prmt.b32":
             values[target] = byte_permute(*(value(x).view(np.uint32) for x in sources[:2]), value(sources[2]))
         elif operation == "mov.b32":
@@ -177,6 +204,7 @@ def on_threads(monkeypatch):
     ir = SimpleNamespace(
         IntegerType=SimpleNamespace(get_signless=integer),
         F32Type=SimpleNamespace(get=lambda: np.dtype(np.float32)),
+        F16Type=SimpleNamespace(get=lambda: np.dtype(np.float16)),
         Float8E4M3FNType=SimpleNamespace(get=lambda: E4M3),
         FloatAttr=SimpleNamespace(get=lambda dtype, x: x),
         VectorType=SimpleNamespace(get=lambda shape, dtype: (shape, dtype)),
@@ -188,6 +216,7 @@ def on_threads(monkeypatch):
         subi=np.subtract,
         addf=np.add,
         maximumf=np.maximum,
+        truncf=lambda dtype, x: x.astype(dtype),
         maxsi=np.maximum,
         cmpi=lambda how, a, b: COMPARE[how](a, b),
         select=lambda condition, a, b: np.where(condition, a, b),
@@ -293,3 +322,19 @@ def test_a_parabola_raises_two_to_a_power(rng, on_threads):
         assert parabola.sum() == 8 * count
         assert (np.abs(out - exact) <= 0.0018 * exact + 2.0**-125)[:, parabola].all()
         np.testing.assert_array_equal(out[:, ~parabola], np.exp2(y)[:, ~parabola])
+
+
+@pytest.mark.parametrize("by_polynomial", [0, 4, 16])
+def test_weights_of_halves(rng, on_threads, by_polynomial):
+    """In e4m3, interleaved; by the special function unit, or by a parabola that is off by 1/500 and rounded thrice."""
+    x = rng.normal(0, 5, (64, 128)).astype(np.float16)
+    x[:, ::7], x[0] = -np.inf, np.linspace(-40, 0, 128)
+    largest = x.max(axis=1).astype(np.float32)
+    with np.errstate(over="ignore", divide="ignore"):
+        codes = registers.weights_of_halves(x, 8 - largest, by_polynomial).astype(np.float64)
+    exact = np.exp2(x.astype(np.float64) + (8 - largest)[:, None].astype(np.float16))
+    exact = exact.reshape(64, 8, 2, 4, 2).swapaxes(2, 3).reshape(64, 128)
+    # e4m3 errs by 1/16 of a value, or by half its smallest; exponents from -16 to 16 by 2^-7 in float16.
+    relative = 1 / 16 + 2.0**-7 + (0.0018 + 3 * 2.0**-10 if by_polynomial else 0)
+    assert (np.abs(codes - exact) <= relative * exact + 2.0**-10 * 1.01).all()
+    assert (codes[np.isneginf(x).reshape(64, 8, 2, 4, 2).swapaxes(2, 3).reshape(64, 128)] == 0).all()
