@@ -409,7 +409,7 @@ def _store(state, out_ref, smem: dict):
     smem["rows"].T[...] = (acc * _along_columns(inverse, acc)).astype(out_ref.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(smem["rows"].at[pl.ds(0, out_ref.shape[0])], out_ref)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _along_rows(per_row, like):
