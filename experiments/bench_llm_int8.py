@@ -8,6 +8,7 @@ replay. Weights are rotated past the L2 cache. One input channel in 200 is an ou
 """
 
 import functools
+import os
 
 from experiments import _bars, _bench, _workers
 from experiments.bench_w4a8 import time_torch
@@ -98,7 +99,9 @@ def bars(results: list[dict]) -> list[dict]:
 def main():
     parser = _bench.parser(__doc__, shapes=["llama3-8b/o", "llama3-8b/gate_up"], tokens=[16, 256, 4096], seconds=60)
     options = parser.parse_args()
-    if options.worker:
+    if options.worker:  # Products by cuBLAS, unsearched: the device must be still while another worker measures.
+        flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
         return _workers.serve(measure)
     problems = [{"shape": s, "m": m} for m in options.m for s in options.shapes]
     results = _bench.answers(
