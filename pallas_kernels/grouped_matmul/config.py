@@ -103,12 +103,21 @@ def supports(
         return reason
     if weight_dtype != jnp.int32:
         return _unsupported_8_bit(k // num_groups, num_groups, x_dtype, weight_dtype, scale_dtype, config)
-    if config is not None and config.row_tiles > 1:
-        return f"row_tiles = {config.row_tiles}; int4 weights take 1"
+    if config is not None and (reason := _unsupported_int4(config, k // num_groups)) is not None:
+        return reason
     dense = None if config is None else config.dense()
     return int4_config.supports(
         k, BLOCK, num_groups, x_dtype, config=dense, has_zero_point=has_zero_point, scale_dtype=scale_dtype
     )
+
+
+def _unsupported_int4(config: Config, group_size: int) -> str | None:
+    """Why the kernel cannot cut int4 weights up so, beyond what the dense one asks."""
+    if config.row_tiles > 1:
+        return f"row_tiles = {config.row_tiles}; int4 weights take 1"
+    if config.num_warpgroups > 3 and config.block_m > 16 and config.block_k > BLOCK > group_size:
+        return f"groups of {group_size} in stages of {config.block_k} by {config.num_warpgroups} warpgroups spill"
+    return None
 
 
 def _unsupported_table(config: Config, num_experts: int) -> str | None:

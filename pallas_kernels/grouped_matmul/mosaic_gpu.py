@@ -24,7 +24,7 @@ from pallas_kernels._warpgroups import copy_and_compute
 from pallas_kernels.grouped_matmul.config import ALIGNMENT, BLOCK, HOPPER_SMS, TILE, Config, tile_bound, widths
 from pallas_kernels.grouped_matmul.epilogue import PER_COLUMN, PER_ROW, STAGING, silu_mul, store_rows
 from pallas_kernels.grouped_matmul.product import product_of
-from pallas_kernels.grouped_matmul.tiles import count_tiles, find_tile, write_table
+from pallas_kernels.grouped_matmul.tiles import count_tiles, find_tile, rows_of, write_table
 from pallas_kernels.int4_matmul.plan import ProductPlan
 
 
@@ -81,9 +81,9 @@ class _Plan(ProductPlan):
         narrow.config = dataclasses.replace(self.config, block_m=width)
         return narrow
 
-    def for_width(self, tile, visit):
+    def for_width(self, table, tile, visit):
         """Call `visit(width)` with the least width that holds a tile's rows."""
-        held = tile.high - tile.first * ALIGNMENT
+        held = rows_of(table, tile.expert)[1] - tile.first * ALIGNMENT
         *narrow, wide = self.widths
         for below, width in zip((0, *narrow), narrow, strict=False):
             pl.when((held > below) & (held <= width))(lambda width=width: visit(width))
@@ -159,7 +159,7 @@ def _copy_tiles(plan: _Plan, refs, smem):
                 rows = pl.ds(tile.first * ALIGNMENT, width)
                 plgpu.copy_gmem_to_smem(refs["x"].at[rows, inputs], smem["x"].at[slot, pl.ds(0, width)], full)
 
-            plan.for_width(tile, copy_rows)
+            plan.for_width(smem["table"], tile, copy_rows)
             if plan.int4:
                 k_tiles = c.block_k // TILE
                 outputs = pl.ds(column * c.num_warpgroups, c.num_warpgroups)
@@ -193,7 +193,7 @@ def _compute_tiles(plan: _Plan, warpgroup, refs, out, smem):
                 first_column = column * c.block_n + (warpgroup * c.row_tiles + i) * TILE
                 _finish(narrow, warpgroup, refs, out, smem, sums, tile, first_column)
 
-        plan.for_width(tile, multiply)
+        plan.for_width(smem["table"], tile, multiply)
 
     _for_each_tile(plan, smem["table"], visit)
 
@@ -229,6 +229,7 @@ def _finish(plan: _Plan, warpgroup, refs, out, smem, sums, tile, first_column):
 
 def _store(plan: _Plan, warpgroup, out, smem, values, tile, first_row, first_column):
     """Write `[64 outputs, rows]` to the rows of `out` that are the expert's, a piece of rows at a time."""
+    low, high = rows_of(smem["table"], tile.expert)  # Read again: no register holds them during the product.
     for start in range(0, values.shape[1], TILE):
         piece = values[:, start : start + TILE].astype(plan.out_dtype)
         staging = smem["out"].at[warpgroup, pl.ds(0, piece.shape[1])]
@@ -237,8 +238,8 @@ def _store(plan: _Plan, warpgroup, out, smem, values, tile, first_row, first_col
             staging,
             out,
             first_row + start,
-            tile.low,
-            tile.high,
+            low,
+            high,
             first_column,
             columns=plan.columns,
             second_half=values.shape[1] if plan.gated else None,

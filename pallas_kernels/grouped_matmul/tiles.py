@@ -26,14 +26,10 @@ class RowTile(NamedTuple):
     Attributes:
       expert: whose rows they are; the number of experts for rows past the sum of the group sizes.
       first: the first row, in units of 8 (so that the compiler sees what it is a multiple of).
-      low: the expert's first row of all.
-      high: the row after its last.
     """
 
     expert: jax.Array
     first: jax.Array
-    low: jax.Array
-    high: jax.Array
 
 
 def write_table(group_sizes, table, *, rows: int, block_m: int) -> None:
@@ -152,11 +148,16 @@ def find_tile(table, index: jax.Array, n_tiles: int, config: Config) -> tuple[Ro
     for bit in reversed(range(experts.bit_length())):  # The last whose tiles begin no later: it has the tile.
         ahead = jnp.minimum(expert + (1 << bit), experts + 1)
         expert = jnp.where(tiles_before(ahead) <= slot, ahead, expert)
-    before, low = tiles_before(expert), rows_before(expert)
+    before = tiles_before(expert)
     strip = lax.div(slot - before, jnp.int32(config.strip)) * config.strip
     width = jnp.minimum(tiles_before(expert + 1) - before - strip, config.strip)
     inside = index - (before + strip) * n_tiles
     column = lax.div(inside, width)
     place = strip + inside - column * width
-    first = lax.div(low, jnp.int32(ALIGNMENT)) + place * (config.block_m // ALIGNMENT)
-    return RowTile(expert, first, low, rows_before(expert + 1)), column
+    first = lax.div(rows_before(expert), jnp.int32(ALIGNMENT)) + place * (config.block_m // ALIGNMENT)
+    return RowTile(expert, first), column
+
+
+def rows_of(table, expert: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An expert's first row and the row after its last."""
+    return read_table(table, 0, expert), read_table(table, 0, expert + 1)

@@ -182,12 +182,14 @@ def test_tiles_cover_every_row_of_its_expert_once(rng, monkeypatch):
         sizes = rng.integers(0, rng.choice([2, 10, 300]), experts)
         rows = int(sizes.sum() + rng.integers(0, 40))
         most = tile_bound(rows, experts, config.block_m)
-        found, columns, count = all_tiles(table_of(sizes, rows, config.block_m), most, n_tiles, config)
+        table = table_of(sizes, rows, config.block_m)
+        found, columns, count = all_tiles(table, most, n_tiles, config)
         owners = np.repeat(np.arange(experts + 1), [*sizes, rows - sizes.sum()])
         seen = np.zeros((rows, n_tiles), int)
         for i in range(int(count)):
             tile = tiles.RowTile(*(int(field[i]) for field in found))
-            inside = np.arange(max(8 * tile.first, tile.low), min(8 * tile.first + config.block_m, tile.high))
+            low, high = (int(row) for row in tiles.rows_of(table, tile.expert))
+            inside = np.arange(max(8 * tile.first, low), min(8 * tile.first + config.block_m, high))
             assert len(inside)
             assert (owners[inside] == tile.expert).all()
             seen[inside, int(columns[i])] += 1
