@@ -9,6 +9,7 @@ import re
 from experiments.peers import RESULTS as PEERS
 from experiments.peers import SMALL_RESULTS as SMALL_PEERS
 from experiments.peers import comparison_table, flags_table, load_rows
+from pallas_kernels._layers import LAYERS
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -71,7 +72,37 @@ def attention_table() -> str:
     return "\n".join(lines)
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "peers.md", ROOT / "docs" / "attention.md")
+def eight_bit_table() -> str:
+    """Products of 8-bit activations on an H200 beside PyTorch's, as Markdown."""
+    read = lambda name: json.loads((RESULTS / f"{name}_h200.json").read_text(encoding="utf-8"))["rows"]  # noqa: E731
+    times: dict[tuple[str, int], dict[str, float]] = {}
+    for row in read("int8_matmul"):
+        if row["what"] == "torch":
+            graphs = {name: timed["graph_us"] for name, timed in row["times"].items() if "graph_us" in timed}
+            times.setdefault((row["shape"], row["m"]), {}).update(graphs)
+        elif row["what"] == "time" and row["form"] == "token":
+            times.setdefault((row["shape"], row["m"]), {})[row["dtype"]] = row["kernel_us"]
+    for row in read("w4a8"):
+        if "total_us" in row:
+            times.setdefault((row["shape"], row["m"]), {})[row["form"]] = row["total_us"]
+    columns = {
+        "mm_bf16": "torch.mm, bf16",
+        "fp8_row": "fp8 row-wise, cuBLASLt",
+        "float8_e4m3fn": "fp8",
+        "int_mm": "torch._int_mm",
+        "int8": "int8",
+        "int8-g128": "int4 x int8, groups of 128, whole",
+        "int8-channel": "int4 x int8, per channel, whole",
+    }
+    lines = ["| inputs x outputs | tokens | " + " | ".join(columns.values()) + " |", "|---" * (2 + len(columns)) + "|"]
+    for (shape, tokens), row in sorted(times.items(), key=lambda item: (item[0][0], item[0][1])):
+        if {"float8_e4m3fn", "mm_bf16"} <= row.keys():
+            cells = [f"{row[name]:.1f}" if name in row else "" for name in columns]
+            lines.append(f"| {' x '.join(map(str, LAYERS[shape]))} | {tokens} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/peers.md", "docs/attention.md", "docs/gpu.md"))
 TABLES = {
     "caches": caches_table,
     "attention": attention_table,
@@ -80,6 +111,7 @@ TABLES = {
     "peers": peers_table,
     "small_peers": small_peers_table,
     "peer_flags": peer_flags_table,
+    "eight_bit": eight_bit_table,
 }
 
 

@@ -62,13 +62,25 @@ def faster_by_xla(results: list[dict], tuned: list[dict]) -> list[dict]:
 
 def kept(results: list[dict]) -> dict[tuple, dict]:
     """Measurements that are no part of a sweep and whose check, if any, passed, by what they measured."""
-    names = ("what", "shape", "m", "dtype", "form", "group", "norm", "tokens")
+    names = ("what", "shape", "m", "dtype", "form", "group", "norm")
     rows = {}
-    for r in results:
+    for r in (part for result in results for part in _by_tokens(result)):
         swept = r["what"] not in ("time", "xla", "quant", "torch", "peaks") or r.get("config")
         if not swept and "error" not in r and r.get("ok", True):
             rows[tuple(str(r.get(name) or None) for name in names)] = r
     return rows
+
+
+def _by_tokens(result: dict) -> list[dict]:
+    """PyTorch's times of each token count by itself; any other result as it is."""
+    if "tokens" not in result or "times" not in result:
+        return [result]
+    rest = {name: value for name, value in result.items() if name not in ("tokens", "times", "seed")}
+    named = [(*name.split("/"), timed) for name, timed in result["times"].items()]
+    return [
+        rest | {"m": m, "times": {name: timed for name, tokens, timed in named if int(tokens) == m}}
+        for m in result["tokens"]
+    ]
 
 
 def merged(run: dict, table: dict) -> dict:

@@ -87,3 +87,12 @@ def test_the_kernels_take_what_the_sanitizer_runs():
         config = Int4Config(**{"block_k": 128, "num_stages": 2, "split_k": 1, "scale_after": True} | cut)
         groups = 1088 // problem["group"]
         assert int4_supports(1088, 448, groups, problem["dtype"], config=config) is None
+
+
+def test_torch_times_are_kept_by_token_count():
+    run = {"what": "torch", "shape": "llama3-8b/o", "tokens": [16, 128]}
+    first = run | {"times": {"fp8_row/16": {"graph_us": 1.0}, "fp8_row/128": {"graph_us": 2.0}}}
+    later = run | {"tokens": [128, 64], "times": {"fp8_row/128": {"graph_us": 3.0}, "fp8_row/64": {"graph_us": 4.0}}}
+    rows = tuned_int8.kept([first, later]).values()
+    assert {r["m"]: r["times"]["fp8_row"]["graph_us"] for r in rows} == {16: 1.0, 128: 3.0, 64: 4.0}
+    assert list(tuned_int8.kept(rows).values()) == list(rows)
