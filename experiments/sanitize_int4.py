@@ -12,12 +12,13 @@ import jax
 from experiments import _int4
 from pallas_kernels.int4_matmul import Config, int4_matmul
 
+_TURNS = {"scale_after": True, "overlap_groups": True, "k_warpgroups": 2}
 # Ragged K and N, zero points and bias; split and shared clusters; both places of the scale; blocks that share an SM;
 # codes of activations.
 CASES = (
     ({"m": 5, "zero": True, "bias": True}, {"block_m": 8, "num_warpgroups": 2, "split_k": 2, "scale_after": True}),
     ({"m": 13}, {"block_m": 16, "num_warpgroups": 1, "split_k": 4, "scale_after": True, "blocks_per_sm": 2}),
-    ({"m": 16}, {"block_m": 16, "num_warpgroups": 4, "split_k": 1, "scale_after": True, "overlap_groups": True}),
+    ({"m": 16}, {"block_m": 16, "num_warpgroups": 1, "split_k": 2, **_TURNS}),
     ({"m": 60}, {"block_m": 64, "num_warpgroups": 2, "split_k": 1, "scale_after": True, "multicast": 2}),
     ({"m": 60, "zero": True}, {"block_m": 64, "num_warpgroups": 2, "split_k": 2, "scale_after": False}),
     ({"m": 150}, {"block_m": 128, "num_warpgroups": 2, "split_k": 2, "scale_after": False, "multicast": 2}),

@@ -31,6 +31,8 @@ class Config:
       blocks_per_sm: blocks that share an SM, so that one unpacks while another waits; more than one only where a block
         is one compute warpgroup of few tokens, whose registers leave room.
       overlap_groups: of products that are scaled after, run each under the unpacking of the next.
+      k_warpgroups: compute warpgroups that take turns at the stages of the same outputs; their sums meet in shared
+        memory.
     """
 
     block_m: int
@@ -43,6 +45,7 @@ class Config:
     snake_width: int = 8
     blocks_per_sm: int = 1
     overlap_groups: bool = False
+    k_warpgroups: int = 1
 
     @property
     def block_n(self) -> int:
@@ -66,6 +69,7 @@ class Config:
         )
         chunk = self.block_m // self.chunks
         partial = self.num_warpgroups * (self.split_k - 1) * TILE * chunk * 4
+        partial += self.num_warpgroups * (self.k_warpgroups - 1) * TILE * self.block_m * 4
         out = 2 * min(chunk, 64) * TILE * 2
         if x_bytes == 1:
             out += 4 * max(self.block_m, 32)  # and the scales of the tokens
@@ -147,6 +151,10 @@ def _unsupported_cut(config: Config, n, num_groups, group_size, dtype, has_zero_
         return (
             f"{config.blocks_per_sm} blocks of {config.num_warpgroups} warpgroups by {config.block_m} tokens on an SM"
         )
+    if config.k_warpgroups > 1 and (not config.overlap_groups or dtype.itemsize == 1 or channels):
+        return f"k_warpgroups = {config.k_warpgroups} without groups that overlap"
+    if config.k_warpgroups * config.num_warpgroups > 4 or config.num_stages % config.k_warpgroups:
+        return f"k_warpgroups = {config.k_warpgroups} of {config.num_warpgroups} and {config.num_stages} stages"
     if config.block_k % FORMATS[qtype].tile_k:
         return f"block_k = {config.block_k} and tiles of {FORMATS[qtype].tile_k} inputs"
     return None

@@ -72,7 +72,7 @@ def int4_matmul_mosaic_gpu(
         grid_names=("tile",),
         cluster=(config.split_k, config.multicast),
         cluster_names=("split", "peer"),
-        num_threads=config.num_warpgroups + 1,
+        num_threads=config.num_warpgroups * config.k_warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
@@ -137,6 +137,14 @@ class _Plan(ProductPlan):
                 "x_scale": plgpu.SMEM((c.num_warpgroups, pl.cdiv(c.block_m, 32) * 32), jnp.float32),
                 "x_scale_full": plgpu.Barrier(num_barriers=c.num_warpgroups),
             }
+        if c.k_warpgroups > 1:
+            scratch |= {
+                "parts": tiled(
+                    (c.num_warpgroups, c.k_warpgroups - 1, TILE, c.block_m), jnp.float32, min(c.block_m, 32)
+                ),
+                "written": plgpu.Barrier(num_arrivals=c.k_warpgroups - 1, num_barriers=c.num_warpgroups),
+                "read": plgpu.Barrier(num_barriers=c.num_warpgroups),
+            }
         if c.multicast > 1:  # A stage is empty when it is so in every block that the copy goes to.
             scratch["empty"] = plgpu.ClusterBarrier(
                 collective_axes=("peer",), num_arrivals=c.num_warpgroups, num_barriers=stages
@@ -158,7 +166,7 @@ def _body(plan: _Plan, weights_tree, x, *refs):
     weights, outs = jax.tree.unflatten(weights_tree, refs[:count]), refs[count + given :]
     x_scale = refs[count] if given else None
     copy_and_compute(
-        plan.config.num_warpgroups,
+        plan.config.num_warpgroups * plan.config.k_warpgroups,
         plan.scratch(),
         copy=lambda shared: _copy_tiles(plan, x, weights, shared),
         compute=lambda warpgroup, shared: _compute_tiles(plan, warpgroup, weights, x_scale, outs, shared),
@@ -212,7 +220,10 @@ def _copy_tiles(plan: _Plan, x, weights, smem):
 
 def _compute_tiles(plan: _Plan, warpgroup, weights, x_scale, outs, smem):
     """Multiply this warpgroup's 64 outputs of every tile, reduce over the cluster, store."""
-    c, product = plan.config, product_of(plan)
+    c, product, turn = plan.config, product_of(plan), 0
+    if c.k_warpgroups > 1:
+        warpgroup, turn = lax.rem(warpgroup, c.num_warpgroups), lax.div(warpgroup, c.num_warpgroups)
+        product = functools.partial(product, turn=turn)
 
     def visit(count, m_tile, n_tile, first, last, position):
         first_m = m_tile * c.block_m
@@ -234,17 +245,51 @@ def _compute_tiles(plan: _Plan, warpgroup, weights, x_scale, outs, smem):
 
             plan.weights.within(n_tile, write)
 
-        if c.split_k == 1:
-            store(total, 0)
+        def finish(total):
+            if c.split_k == 1:
+                store(total, 0)
+            else:
+                shared = {name: smem[name].at[warpgroup] for name in ("partial", "arrived", "free")}
+                add_over_cluster(total, count, store, axis="split", split=c.split_k, chunks=plan.chunks, **shared)
+
+        if c.k_warpgroups == 1:
+            finish(total)
         else:
-            shared = {name: smem[name].at[warpgroup] for name in ("partial", "arrived", "free")}
-            add_over_cluster(total, count, store, axis="split", split=c.split_k, chunks=plan.chunks, **shared)
+            shared = {name: smem[name].at[warpgroup] for name in ("parts", "written", "read")}
+            _add_over_warpgroups(total, count, turn, finish, others=c.k_warpgroups - 1, **shared)
         return position + (last - first)
 
     for_each_tile(plan, "split", visit)
-    if c.split_k > 1:  # A block must outlive the arrivals of its peers.
-        plgpu.barrier_wait(smem["free"].at[warpgroup])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def end():
+        if c.split_k > 1:  # A block must outlive the arrivals of its peers.
+            plgpu.barrier_wait(smem["free"].at[warpgroup])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    if c.k_warpgroups == 1:
+        end()
+    else:
+        pl.when(turn == 0)(end)
+        pl.when(turn > 0)(lambda: plgpu.barrier_wait(smem["read"].at[warpgroup]))
+
+
+def _add_over_warpgroups(total, count, turn, finish, *, others: int, parts, written, read):
+    """Add what the warpgroups of the same outputs hold, in a fixed order; the first of them calls `finish(sum)`."""
+
+    @pl.when(turn > 0)
+    def _write():
+        pl.when(count > 0)(lambda: plgpu.barrier_wait(read))
+        parts.at[turn - 1][...] = total
+        plgpu.barrier_arrive(written)
+
+    @pl.when(turn == 0)
+    def _add():
+        plgpu.barrier_wait(written)
+        value = total
+        for other in range(others):
+            value = value + plgpu.load(parts.at[other], layout=plgpu.Layout.WGMMA)
+        plgpu.barrier_arrive(read)
+        finish(value)
 
 
 def _store(plan: _Plan, warpgroup, weight, out, smem, first_n, first_m, value, column: int):

@@ -101,8 +101,11 @@ def _product_scaled_after(plan, warpgroup, smem, first, last, position):
     return lax.fori_loop(first, last, stage, _zeros(plan))
 
 
-def _product_in_turns(plan, warpgroup, smem, first, last, position):
-    """The same, each piece of the products under the unpacking of the next: two sets of registers take turns."""
+def _product_in_turns(plan, warpgroup, smem, first, last, position, turn=0):
+    """The same, each piece of the products under the unpacking of the next: two sets of registers take turns.
+
+    Of the stages, those whose position leaves `turn` when divided by the warpgroups that share the outputs.
+    """
     c = plan.config
 
     def scaled(slot, group, part, in_flight):
@@ -110,8 +113,10 @@ def _product_in_turns(plan, warpgroup, smem, first, last, position):
         scale = _row(plan, warpgroup, smem, "scale", slot, group)
         return value * lax.broadcast_in_dim(scale, value.shape, (0,))
 
+    own = position + lax.rem(turn + (c.k_warpgroups - 1) * position, jnp.int32(c.k_warpgroups))
+
     def stage(step, total):
-        slot = lax.rem(position + (step - first), jnp.int32(c.num_stages))
+        slot = lax.rem(own + step * c.k_warpgroups, jnp.int32(c.num_stages))
         plgpu.barrier_wait(smem["full"].at[slot])
 
         def multiply(*parts):
@@ -131,7 +136,8 @@ def _product_in_turns(plan, warpgroup, smem, first, last, position):
         _release(plan, smem["empty"].at[slot])
         return acc
 
-    return lax.fori_loop(first, last, stage, _zeros(plan))
+    stages = lax.div(position + (last - first) - own + (c.k_warpgroups - 1), jnp.int32(c.k_warpgroups))
+    return lax.fori_loop(0, stages, stage, _zeros(plan))
 
 
 def _product_of_codes(plan, warpgroup, smem, first, last, position):
