@@ -114,8 +114,7 @@ def default_config(
     options = {"has_zero_point": has_zero_point, "scale_dtype": scale_dtype, "qtype": qtype}
     takes = functools.partial(supports, k, n, num_groups, dtype, **options)
     codes = jnp.dtype(dtype).itemsize == 1
-    tuned = None if codes and m > FEW_TOKENS else _nearest_tuned(m, k, n)
-    if tuned is not None:
+    for tuned in () if codes and m > FEW_TOKENS else _nearest_tuned(m, k, n):
         tuned = dataclasses.replace(tuned, scale_after=codes or tuned.scale_after)
         for stages in range(tuned.num_stages, 1, -1):  # Other groups, zero points and tokens need other room.
             config = dataclasses.replace(tuned, num_stages=stages)
@@ -134,8 +133,11 @@ def default_config(
     return min(fitting, key=lambda c: predicted_microseconds(c, m, k, n, FORMATS[qtype].bits))
 
 
-def _nearest_tuned(m: int, k: int, n: int) -> Config | None:
-    """The tuned configuration of the nearest problem of the same regime, none if K or N is off by more than 1.5."""
+def _nearest_tuned(m: int, k: int, n: int) -> list[Config]:
+    """The tuned configurations of problems of the same regime, nearest first, none if K or N is off by more than 1.5.
+
+    A problem may have one whose warpgroups share outputs, and one for operands that it does not take.
+    """
 
     def distance(entry: dict) -> float:
         # Tokens first: they decide the tile. A tie goes to the fewer, which come first.
@@ -147,12 +149,13 @@ def _nearest_tuned(m: int, k: int, n: int) -> Config | None:
         if (entry["m"] <= FEW_TOKENS) == (m <= FEW_TOKENS)
         and max(k / entry["k"], entry["k"] / k, n / entry["n"], entry["n"] / n) <= 1.5
     ]
-    if not near:
-        return None
-    config = Config(**min(near, key=distance)["config"])
-    tiles = _token_tiles(m)
-    config = config if config.block_m in tiles else dataclasses.replace(config, block_m=tiles[0])
-    return None if config.num_warpgroups == 4 and config.block_m == 64 else config
+    configs, tiles = [], _token_tiles(m)
+    for entry in sorted(near, key=lambda entry: (distance(entry), entry["microseconds"])):
+        config = Config(**entry["config"])
+        config = config if config.block_m in tiles else dataclasses.replace(config, block_m=tiles[0])
+        if config.num_warpgroups < 4 or config.block_m < 64:
+            configs.append(config)
+    return configs
 
 
 @functools.cache

@@ -151,8 +151,10 @@ def _unsupported_cut(config: Config, n, num_groups, group_size, dtype, has_zero_
         return (
             f"{config.blocks_per_sm} blocks of {config.num_warpgroups} warpgroups by {config.block_m} tokens on an SM"
         )
-    if config.k_warpgroups > 1 and (not config.overlap_groups or dtype.itemsize == 1 or channels):
-        return f"k_warpgroups = {config.k_warpgroups} without groups that overlap"
+    if config.k_warpgroups > 1 and (not config.scale_after or dtype.itemsize == 1 or channels):
+        return f"k_warpgroups = {config.k_warpgroups} without products that are scaled after"
+    if config.overlap_groups and config.block_k > 4 * group_size:
+        return f"overlap_groups = True with {config.block_k // group_size} groups a stage"
     if config.k_warpgroups * config.num_warpgroups > 4 or config.num_stages % config.k_warpgroups:
         return f"k_warpgroups = {config.k_warpgroups} of {config.num_warpgroups} and {config.num_stages} stages"
     if config.block_k % FORMATS[qtype].tile_k:
