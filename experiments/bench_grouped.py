@@ -127,8 +127,9 @@ def _cuts(usual: Config, weight_dtype):
     ladder = (48, 64, 80, 96, 112, 128, 256)
     place = ladder.index(usual.block_m)
     row_tiles = (1,) if weight_dtype == jnp.int32 else (1, 2)
-    for block_m, tiles in itertools.product(ladder[max(0, place - 2) : place + 2], row_tiles):
-        yield {"block_m": block_m, "row_tiles": tiles}
+    for block_m, count, tiles in itertools.product(ladder[max(0, place - 1) : place + 2], (3, 2), row_tiles):
+        if count == 2 or (block_m < 128 and tiles == 1):
+            yield {"block_m": block_m, "num_warpgroups": count, "row_tiles": tiles}
 
 
 def measure(item: dict) -> dict:

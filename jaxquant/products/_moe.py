@@ -13,7 +13,8 @@ from jaxquant.arrays._views import refine
 from jaxquant.products._grouped import GROUPED, grouped_product, ragged_dot, ragged_implementation
 from jaxquant.products._ops import dot_general
 
-COMPARED = 4096  # up to so many rows, comparing all pairs orders them faster than sorting does
+COMPARED = 4096  # up to so many rows, comparing all pairs orders them fastest
+BLOCK = 256  # of more, rows whose pairs are compared
 Weight = jax.Array | Quantized
 
 
@@ -140,13 +141,27 @@ def sort_by_expert(chosen: jax.Array, experts: int) -> Sorted:
     here, numbers = jnp.arange(count, dtype=jnp.int32), jnp.arange(experts, dtype=chosen.dtype)
     sizes = jnp.sum(chosen[None, :] == numbers[:, None], axis=1, dtype=jnp.int32)
     if count > COMPARED:
-        order = jnp.argsort(chosen, stable=True).astype(jnp.int32)
-        return Sorted(order, jnp.zeros_like(order).at[order].set(here, unique_indices=True), sizes)
+        place = _place_by_blocks(chosen, sizes)
+        return Sorted(jnp.zeros_like(place).at[place].set(here, unique_indices=True), place, sizes)
     earlier = here[None, :] < here[:, None]
     before = (chosen[None, :] < chosen[:, None]) | ((chosen[None, :] == chosen[:, None]) & earlier)
     place = jnp.sum(before, axis=1, dtype=jnp.int32)
     mine = place[None, :] == here[:, None]  # [place, choice]
     return Sorted(jnp.sum(jnp.where(mine, jnp.broadcast_to(here, mine.shape), 0), axis=1), place, sizes)
+
+
+def _place_by_blocks(chosen: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Where each choice lies: after the earlier experts', its own of earlier blocks, and those before it in its block."""
+    count, experts = chosen.shape[0], sizes.shape[0]
+    blocks = jnp.pad(chosen, (0, -count % BLOCK), constant_values=experts).reshape(-1, BLOCK)
+    numbers = jnp.arange(experts, dtype=chosen.dtype)
+    held = jnp.sum(blocks[:, None, :] == numbers[None, :, None], axis=2, dtype=jnp.int32)  # [block, expert]
+    before = jnp.cumsum(held, axis=0) - held + (jnp.cumsum(sizes) - sizes)[None, :]
+    row = jnp.arange(BLOCK)
+    alike = (blocks[:, None, :] == blocks[:, :, None]) & (row[None, :] < row[:, None])[None]
+    within = jnp.sum(alike, axis=2, dtype=jnp.int32)
+    start = jnp.take_along_axis(before, jnp.minimum(blocks, experts - 1), axis=1)
+    return (start + within).reshape(-1)[:count]
 
 
 def moe(

@@ -214,12 +214,12 @@ def _warpgroups(tiles: int, k: int, n: int) -> int:
     """Warpgroups that share the weights of few rows: more for fewer stages to wait for, fewer for even waves."""
 
     def microseconds(count):
-        # As of the dense kernel: 32 kB from memory and 35 thousand codes a warpgroup in a microsecond, 1.8 a tile.
+        # 32 kB from memory and 30 thousand codes a warpgroup in a microsecond, 1.8 a tile.
         codes = TILE * count * k
         waves = math.ceil(tiles * math.ceil(n / (TILE * count)) / HOPPER_SMS)
-        return waves * (max(codes / 2 / 32e3, codes / 71e3 / min(1, count / 2)) + 1.8)
+        return waves * (max(codes / 2 / 32e3, codes / 30.5e3 / count) + 1.8)
 
-    return min((4, 2, 1), key=microseconds)
+    return min((1, 2, 3, 4), key=microseconds)
 
 
 def bucket(rows: int) -> int:
