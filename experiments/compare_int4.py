@@ -24,9 +24,10 @@ LARGE = 8192 * 8192  # weights from which 700 TFLOP/s are asked for
 
 
 def tuned_times() -> tuple[dict, dict]:
-    """How the tuned table was measured, and its microseconds by (M, K, N)."""
+    """How the tuned table was measured, and its least microseconds by (M, K, N)."""
     table = json.loads(TUNED.read_text())["NVIDIA H200"]
     entries = table.pop("entries")
+    entries.sort(key=lambda entry: -entry["microseconds"])  # a problem's fastest comes last
     times = {(e["m"], e["k"], e["n"]): e["microseconds"] for e in entries}
     when = {name: sorted({entry[name] for entry in entries}) for name in ("date", "commit", "jax")}
     return {"device": "NVIDIA H200", "clock": CLOCK} | table | when, times
