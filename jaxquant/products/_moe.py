@@ -151,7 +151,7 @@ def sort_by_expert(chosen: jax.Array, experts: int) -> Sorted:
 
 
 def _place_by_blocks(chosen: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Where each choice lies: after the earlier experts', its own of earlier blocks, and those before it in its block."""
+    """Where each choice lies: after the earlier experts', its own of earlier blocks, and those before in its block."""
     count, experts = chosen.shape[0], sizes.shape[0]
     blocks = jnp.pad(chosen, (0, -count % BLOCK), constant_values=experts).reshape(-1, BLOCK)
     numbers = jnp.arange(experts, dtype=chosen.dtype)
