@@ -10,6 +10,7 @@ from experiments.peers import RESULTS as PEERS
 from experiments.peers import SMALL_RESULTS as SMALL_PEERS
 from experiments.peers import comparison_table, flags_table, load_rows
 from pallas_kernels._layers import LAYERS
+from pallas_kernels.grouped_matmul.cases import LAYERS as EXPERTS
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -102,7 +103,41 @@ def eight_bit_table() -> str:
     return "\n".join(lines)
 
 
-PAGES = tuple(ROOT / page for page in ("README.md", "docs/peers.md", "docs/attention.md", "docs/gpu.md"))
+def grouped_table() -> str:
+    """Products of routed rows on an H200, as Markdown: microseconds, and the share of W4A16's floor."""
+    read = lambda name: json.loads((RESULTS / f"{name}_h200.json").read_text(encoding="utf-8"))["rows"]  # noqa: E731
+    peers = {(row["layer"], row["tokens"]): row for row in read("peers_grouped")}
+    times: dict[tuple[str, int], dict[str, float]] = {}
+    for row in read("grouped_matmul"):
+        if "us" in row and row["activation"] is None:
+            found = times.setdefault((row["shape"], row["m"]), {})
+            found[row.get("peer") or row["format"]] = row["us"]
+            if "peer" not in row and row["format"] == "w4a16":
+                found["share"] = row["floor"] / row["us"]
+    columns = {"w4a16": "W4A16", "share": "of its floor", "w4a8": "W4A8", "fp8": "fp8", "int8": "int8"}
+    names = (*columns.values(), "bf16: XLA", "tokamax", "its int4")
+    lines = ["| layer | tokens | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    order = {name: i for i, name in enumerate(EXPERTS)}
+    for (layer, tokens), row in sorted(times.items(), key=lambda item: (order[item[0][0]], item[0][1])):
+        peer = peers[layer, tokens]
+        shown = {name: f"{value:.0%}" if name == "share" else f"{value:.1f}" for name, value in row.items()}
+        cells = [shown.get(name, "") for name in (*columns, "XLA")]
+        cells += [f"{peer[name]:.1f}" for name in ("tokamax_bf16", "tokamax_int4")]
+        lines.append(f"| {layer} | {tokens} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def moe_table() -> str:
+    """The whole layer of experts beside its products, as Markdown."""
+    rows = json.loads((RESULTS / "moe_h200.json").read_text(encoding="utf-8"))["rows"]
+    lines = ["| layer | tokens | the whole layer, us | its two products, us | |", "|---|---|---|---|---|"]
+    for row in sorted((r for r in rows if "layer_us" in r), key=lambda r: (r["shape"], r["m"])):
+        whole, products = row["layer_us"], row["products_us"]
+        lines.append(f"| {row['shape']} | {row['m']} | {whole:.1f} | {products:.1f} | {whole / products:.2f}x |")
+    return "\n".join(lines)
+
+
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/peers.md", "docs/attention.md", "docs/gpu.md", "docs/moe.md"))
 TABLES = {
     "caches": caches_table,
     "attention": attention_table,
@@ -112,6 +147,8 @@ TABLES = {
     "small_peers": small_peers_table,
     "peer_flags": peer_flags_table,
     "eight_bit": eight_bit_table,
+    "grouped": grouped_table,
+    "moe": moe_table,
 }
 
 
