@@ -137,8 +137,37 @@ def moe_table() -> str:
     return "\n".join(lines)
 
 
+def int4_table() -> str:
+    """Microseconds of the int4 kernel, and how many times as fast as cuBLAS in bfloat16 it is, as Markdown."""
+    rows = json.loads((RESULTS / "int4_matmul_h200.json").read_text(encoding="utf-8"))["rows"]
+    tokens = sorted({row["m"] for row in rows})
+    cells = {(r["k"], r["n"], r["m"]): f"{r['ours']:.1f} ({r['over_cublas_bf16']:.2f}x)" for r in rows}
+    layers = sorted({(row["k"], row["n"]) for row in rows}, key=lambda layer: layer[0] * layer[1])
+    lines = ["| inputs x outputs | " + " | ".join(f"{m}" for m in tokens) + " |", "|---" * (len(tokens) + 1) + "|"]
+    lines += [f"| {k} x {n} | " + " | ".join(cells.get((k, n, m), "") for m in tokens) + " |" for k, n in layers]
+    return "\n".join(lines)
+
+
+def whole_model_table() -> str:
+    """A decode step and a prefill of a model of Llama-3-8B's shapes, as Markdown."""
+    report = json.loads((RESULTS / "bench_decode_h200.json").read_text(encoding="utf-8"))
+    plain = {(r["kind"], r["size"]): r for r in report["rows"] if r["tree"] == "bf16"}
+    lines = [
+        "| step | weights | ms | kernels, ms | launches | times as fast as bfloat16 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in report["rows"]:
+        step = f"{r['kind']}, {'batch' if r['kind'] == 'decode' else 'tokens'} {r['size']}"
+        faster = plain[r["kind"], r["size"]]["step_ms"] / r["step_ms"]
+        times = f"{r['step_ms']:.2f} | {r['kernel_ms']:.2f} | {r['launches']:.0f}"
+        lines.append(f"| {step} | {r['tree']} | {times} | {'' if r['tree'] == 'bf16' else f'{faster:.2f}'} |")
+    return "\n".join(lines)
+
+
 PAGES = tuple(ROOT / page for page in ("README.md", "docs/peers.md", "docs/attention.md", "docs/gpu.md", "docs/moe.md"))
 TABLES = {
+    "int4": int4_table,
+    "whole_model": whole_model_table,
     "caches": caches_table,
     "attention": attention_table,
     "quickstart": quickstart_table,
