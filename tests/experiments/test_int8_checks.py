@@ -9,7 +9,7 @@ import pytest
 from experiments import _int8, sanitize_int8, tuned_int8
 from pallas_kernels.int4_matmul import Config as Int4Config
 from pallas_kernels.int4_matmul import supports as int4_supports
-from pallas_kernels.int8_matmul import Config, supports
+from pallas_kernels.int8_matmul import Config, default_config, supports
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
@@ -47,6 +47,10 @@ def test_the_fastest_of_a_full_sweep_is_chosen():
     assert row["microseconds"] == 93.0
     assert Config(**row["config"]) == configs[-1]
     assert tuned_int8.fastest(results[:7]) == []
+    default = result | {"config": dataclasses.asdict(default_config(4096, 4096, 4096, "int8")), "kernel_us": 97.0}
+    assert tuned_int8.fastest([default]) == []
+    assert [row["microseconds"] for row in tuned_int8.fastest([default, *results[:4]])] == [97.0]
+    assert [row["microseconds"] for row in tuned_int8.fastest([default, *results[2:6]])] == [95.0]
 
 
 def test_xla_is_listed_where_it_is_faster_than_the_kernel():
