@@ -56,6 +56,11 @@ class Config:
         """Whether products that are scaled after run each under the next one's unpacking, which they ask for too."""
         return False
 
+    @property
+    def k_warpgroups(self) -> int:
+        """Warpgroups that take turns at the inputs of the same outputs: an expert's outputs are enough for all."""
+        return 1
+
     def dense(self) -> int4_config.Config:
         """The cut of a dense int4 product with such tiles."""
         return int4_config.Config(
