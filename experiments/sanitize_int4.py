@@ -12,7 +12,7 @@ import jax
 from experiments import _int4
 from pallas_kernels.int4_matmul import Config, int4_matmul
 
-_TURNS = {"scale_after": True, "overlap_groups": True, "k_warpgroups": 2}
+_TURNS = {"scale_after": True, "k_warpgroups": 2}
 # Ragged K and N, zero points and bias; split and shared clusters; both places of the scale; blocks that share an SM;
 # codes of activations.
 CASES = (

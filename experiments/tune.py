@@ -75,7 +75,7 @@ def measure(item: dict) -> dict:
 def _kin(item: dict) -> tuple:
     """What a hang is put down to: candidates that share it are not tried again."""
     config = item["config"]
-    names = ("scale_after", "num_warpgroups", "split_k", "block_m", "block_k", "blocks_per_sm")
+    names = ("scale_after", "num_warpgroups", "split_k", "block_m", "block_k", "blocks_per_sm", "k_warpgroups")
     return tuple(config[name] for name in names)
 
 

@@ -52,11 +52,6 @@ class Config:
         return 1
 
     @property
-    def overlap_groups(self) -> bool:
-        """Whether products that are scaled after run each under the next one's unpacking, which they ask for too."""
-        return False
-
-    @property
     def k_warpgroups(self) -> int:
         """Warpgroups that take turns at the inputs of the same outputs: an expert's outputs are enough for all."""
         return 1

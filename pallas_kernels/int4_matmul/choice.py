@@ -60,6 +60,11 @@ def candidates(
         )
         depths = [s for s in range(2, 9) if takes(config=dataclasses.replace(cut, num_stages=s)) is None]
         configs += [dataclasses.replace(cut, num_stages=s) for s in depths[-3::2]]
+        if few and not codes and (block_k, blocks, peers, scale_after) == (256, 1, 1, True) and count <= 2 >= split:
+            shared = (
+                dataclasses.replace(cut, num_stages=s, k_warpgroups=turns) for turns in (2, 4) for s in (4, 8, 12)
+            )
+            configs += [config for config in shared if takes(config=config) is None]
     return configs
 
 
@@ -122,7 +127,7 @@ def default_config(
                 return config
     # The other forms are for problems that they were tuned on.
     usual = candidates(m, k, n, num_groups, dtype, **options)
-    usual = [c for c in usual if c.blocks_per_sm == 1 and c.split_k <= 4]
+    usual = [c for c in usual if c.blocks_per_sm == c.k_warpgroups == 1 and c.split_k <= 4]
     fitting = [c for c in usual if c.scale_after == (codes or m <= FEW_TOKENS)]
     if not fitting:
         raise NotImplementedError(
@@ -180,7 +185,7 @@ def predicted_microseconds(config: Config, m: int, k: int, n: int, bits: int = 4
     codes = c.block_n * inputs * c.blocks_per_sm
     in_flight = c.blocks_per_sm * c.num_stages * (c.block_n * c.block_k * bits / 8)
     copy = codes * bits / 8 / 32e3 * max(1.0, 59e3 / in_flight)
-    unpacking = codes / 71e3 / min(1.0, c.num_warpgroups * c.blocks_per_sm / 2)
+    unpacking = codes / 71e3 / min(1.0, c.num_warpgroups * c.k_warpgroups * c.blocks_per_sm / 2)
     compute = max(codes * c.block_m / 2.9e6, unpacking)
     # Clusters of four find too few free SMs side by side.
     crowding = 2.2 if c.split_k * c.multicast > 2 * c.blocks_per_sm else 1.0

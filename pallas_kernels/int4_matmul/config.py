@@ -30,7 +30,6 @@ class Config:
       snake_width: output tiles of a strip of the traversal order (L2 locality when there are many token tiles).
       blocks_per_sm: blocks that share an SM, so that one unpacks while another waits; more than one only where a block
         is one compute warpgroup of few tokens, whose registers leave room.
-      overlap_groups: of products that are scaled after, run each under the unpacking of the next.
       k_warpgroups: compute warpgroups that take turns at the stages of the same outputs; their sums meet in shared
         memory.
     """
@@ -44,7 +43,6 @@ class Config:
     multicast: int = 1
     snake_width: int = 8
     blocks_per_sm: int = 1
-    overlap_groups: bool = False
     k_warpgroups: int = 1
 
     @property
@@ -153,8 +151,8 @@ def _unsupported_cut(config: Config, n, num_groups, group_size, dtype, has_zero_
         )
     if config.k_warpgroups > 1 and (not config.scale_after or dtype.itemsize == 1 or channels):
         return f"k_warpgroups = {config.k_warpgroups} without products that are scaled after"
-    if config.overlap_groups and config.block_k > 4 * group_size:
-        return f"overlap_groups = True with {config.block_k // group_size} groups a stage"
+    if config.k_warpgroups > 1 and config.block_k > 4 * group_size:
+        return f"k_warpgroups = {config.k_warpgroups} with {config.block_k // group_size} groups a stage, at most 4"
     if config.k_warpgroups * config.num_warpgroups > 4 or config.num_stages % config.k_warpgroups:
         return f"k_warpgroups = {config.k_warpgroups} of {config.num_warpgroups} and {config.num_stages} stages"
     if config.block_k % FORMATS[qtype].tile_k:

@@ -21,7 +21,7 @@ def product_of(plan):
     if plan.x_bytes == 1:
         return _product_of_codes if plan.grouped or plan.acc_dtype == jnp.float32 else _long_product
     if plan.ring_scales and plan.config.scale_after:
-        return _product_in_turns if plan.config.overlap_groups else _product_scaled_after
+        return _product_in_turns if plan.config.k_warpgroups > 1 else _product_scaled_after
     return _long_product
 
 
@@ -73,17 +73,9 @@ def _zeros(plan):
     return plgpu.layout_cast(jnp.zeros((TILE, plan.config.block_m), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def _product_scaled_after(plan, warpgroup, smem, first, last, position, turn=0):
-    """Sum over groups of `scale * (integer product)`: one short product a group, scaled in float32.
-
-    Of warpgroups that share the outputs, the one of this turn takes the stages whose position leaves it when divided
-    by their number.
-    """
+def _product_scaled_after(plan, warpgroup, smem, first, last, position):
+    """Sum over groups of `scale * (integer product)`: one short product a group, scaled in float32."""
     c = plan.config
-    if c.k_warpgroups > 1:
-        count = jnp.int32(c.k_warpgroups)
-        own = position + lax.rem(turn + (c.k_warpgroups - 1) * position, count)
-        first, last, position = jnp.int32(0), lax.div(position + (last - first) - own + count - 1, count), own
 
     def group_product(slot, group):
         offset = _offset(plan, warpgroup, smem, slot, group)
@@ -99,7 +91,7 @@ def _product_scaled_after(plan, warpgroup, smem, first, last, position, turn=0):
         return part * lax.broadcast_in_dim(scale, part.shape, (0,))
 
     def stage(step, acc):
-        slot = lax.rem(position + (step - first) * c.k_warpgroups, jnp.int32(c.num_stages))
+        slot = lax.rem(position + (step - first), jnp.int32(c.num_stages))
         plgpu.barrier_wait(smem["full"].at[slot])
         for group in range(plan.scale_rows):
             acc = acc + group_product(slot, group)

@@ -80,7 +80,7 @@ def test_operands_that_warpgroups_cannot_share_take_the_next_tuned_cut():
 
 def test_problems_unlike_the_tuned_ones_go_to_the_cost_model():
     config = default_config(4, 4096, 1024, 32)
-    fitting = [c for c in candidates(4, 4096, 1024, 32) if c.blocks_per_sm == 1 and c.scale_after]
+    fitting = [c for c in candidates(4, 4096, 1024, 32) if c.blocks_per_sm == c.k_warpgroups == 1 and c.scale_after]
     assert config == min(fitting, key=lambda c: predicted_microseconds(c, 4, 4096, 1024))
 
 
