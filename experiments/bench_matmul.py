@@ -29,6 +29,7 @@ VERIFY = [
     *[{"m": m, "k": 1024 + 32, "n": 320, "group": 32, "zero": True, "dtype": "float16"} for m in (3, 16, 64, 150)],
     *[{"m": m, "k": 1000, "n": 100, "group": 1000, "bias": True} for m in (1, 16, 40, 128, 257)],
     *[{"m": m, "k": 14336, "n": 4096, "group": 14336} for m in (4, 16, 512)],
+    *[{"m": m, "k": 14336, "n": 4096, "group": 64, "zero": True} for m in (8, 32, 64)],  # warpgroups in turns
     *[{"m": m, "k": 8192, "n": 57344, "group": 128} for m in (1, 64, 4096)],
     *[{"m": m, "k": 4096, "n": 4096, "group": 128, "code": code} for m in (8, 300) for code in (-8, 7)],
     *[{"m": m, "k": 4096, "n": 1024, "group": g, "scale_dtype": "float32"} for m in (2, 150) for g in (128, 4096)],
