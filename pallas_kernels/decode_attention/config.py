@@ -29,20 +29,13 @@ class Config:
         block: tokens of one tile.
         stages: tiles in flight of one block of threads.
         split: blocks of one cluster, which share the context of a sequence and head.
-        span: tokens of values that are brought to the L2 cache at a time, or 0: a row of a tile is a piece of
-            memory too short for DRAM.
         teams: warpgroups of a block, which share its part of the context; 2 need a split of at least 2.
-        ahead: whether the first of a tile's values are unpacked before the weights are known.
-        spread: whether every warp starts some of a tile's copies, instead of one all.
     """
 
     block: int = 64
     stages: int = 3
     split: int = 1
-    span: int = 0
-    spread: bool = False
     teams: int = 1
-    ahead: bool = False
 
     def __post_init__(self):
         if self.block not in (64, 128):
@@ -51,8 +44,6 @@ class Config:
             raise ValueError(f"stages must be positive, got {self.stages}")
         if not 1 <= self.split <= LARGEST_SPLIT:
             raise ValueError(f"split must be from 1 to {LARGEST_SPLIT}, got {self.split}")
-        if self.span not in (0, 128, 256):
-            raise ValueError(f"span must be 0, 128 or 256, got {self.span}")
         if self.teams not in (1, 2) or self.teams > self.split:
             raise ValueError(f"teams must be 1, or 2 with a split of at least 2, got {self.teams} and {self.split}")
 
@@ -60,14 +51,21 @@ class Config:
 def default_config(q: jax.Array, cache: Cache) -> Config:
     """The configuration used when the caller names none: full waves of blocks, some at a time on a multiprocessor."""
     pairs = q.shape[0] * cache.k.shape[1]
-    candidates = [Config(64, stages, split) for stages in (2, 3, 4, 6) for split in range(1, LARGEST_SPLIT + 1)]
+    block, splits = _block(cache), range(1, LARGEST_SPLIT + 1)
+    # Unpacking leaves no register for a remainder that is not a mask.
+    stages = (2, 4) if cache.bits < 16 else (2, 3, 4, 6)
+    candidates = [Config(block, count, split) for count in stages for split in splits]
+    if cache.grouped:  # bound by a tile's instructions, not by memory
+        candidates += [dataclasses.replace(c, teams=2) for c in candidates if c.split > 1]
     fitting = [
-        c for c in candidates if shared_memory(q, cache, c) <= SHARED_MEMORY_BYTES and c.split * 128 <= cache.capacity
+        c
+        for c in candidates
+        if shared_memory(q, cache, c) <= SHARED_MEMORY_BYTES and c.split * c.teams * 128 <= cache.capacity
     ]
 
     def resident(config: Config) -> int:
         block_bytes = shared_memory(q, cache, config) + RESERVED_BYTES
-        most = min(BLOCKS, (SHARED_MEMORY_BYTES + RESERVED_BYTES) // block_bytes)
+        most = min(BLOCKS // config.teams, (SHARED_MEMORY_BYTES + RESERVED_BYTES) // block_bytes)
         return min(most, -(-pairs * config.split // MULTIPROCESSORS))
 
     def waste(config: Config) -> float:
@@ -78,10 +76,17 @@ def default_config(q: jax.Array, cache: Cache) -> Config:
         return -(-blocks // (usable * together)) * together * MULTIPROCESSORS / blocks
 
     if not fitting:
-        return Config(64, 2, 1)
+        return Config(block, 2, 1)
     least = min(map(waste, fitting))
     good = [c for c in fitting if waste(c) <= 1.1 * least]
-    return min(good, key=lambda c: (-min(resident(c), ENOUGH_BLOCKS), c.split, -c.stages))
+    return min(good, key=lambda c: (-min(resident(c) * c.teams, ENOUGH_BLOCKS), c.split, -c.stages))
+
+
+def _block(cache: Cache) -> int:
+    """Tokens of a tile: a row of 8-bit values must be 128 bytes of memory side by side, or DRAM is slow."""
+    fits = cache.recent_k is None or cache.recent_k.shape[2] % 128 == 0
+    fits = fits and (cache.page_table is None or cache.page_size % 128 == 0)
+    return 128 if cache.bits == 8 and fits else 64
 
 
 def supports(q: jax.Array, cache: Cache, config: Config) -> str | None:

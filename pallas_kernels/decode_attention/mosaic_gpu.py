@@ -167,13 +167,11 @@ def _attend(plan: _Plan, refs: dict, out_ref, smem: dict, team: int):
         rank = rank * plan.config.teams + team
     tiles = _Tiles(plan, refs, batch)
     first, last = (lax.div((rank + i) * tiles.count, jnp.int32(split)) for i in range(2))
-    by_warps = functools.partial(_by_warps, plan)
-    fetch_recent = functools.partial(by_warps, functools.partial(_fetch_recent, refs, smem, tiles, batch, head))
+    fetch = functools.partial(_by_warps, functools.partial(_copies, plan, refs, smem, tiles, batch, head, first))
+    fetch_recent = functools.partial(_by_warps, functools.partial(_recent_copies, refs, smem, tiles, batch, head))
 
     plgpu.copy_gmem_to_smem(refs["q"].at[batch, head], smem["rows"].at[pl.ds(0, refs["q"].shape[2])], smem["q_ready"])
     coded_last = jnp.minimum(last, tiles.coded) if plan.ring else last
-    tile_copies = functools.partial(_tile_copies, plan, refs, smem, tiles, batch, head, first, coded_last)
-    fetch = functools.partial(by_warps, tile_copies)
     for i in range(stages):
         pl.when(first + i < coded_last)(lambda i=i: fetch(first + i))
     plgpu.barrier_wait(smem["q_ready"])
@@ -194,8 +192,7 @@ def _attend(plan: _Plan, refs: dict, out_ref, smem: dict, team: int):
         if plan.coded and not plan.grouped and not recent:
             scale = operand.token_order(smem["v_scale"].at[slot])
         values = iter(() if recent or not plan.coded else _parts(plan, "v", smem, slot, smem["p"]))
-        if plan.config.ahead:
-            values = itertools.chain(list(itertools.islice(values, 1)), values)
+        values = itertools.chain(list(itertools.islice(values, 1)), values)  # the first before the weights are known
         p, decay, state = _softmax(jnp.where(seen, x, -jnp.inf), scale, state, smem["reduction"])
         weights = smem["recent_p" if recent else "p"]
         weights.T[...] = jnp.where(seen, p, 0.0).astype(weights.dtype)
@@ -229,72 +226,44 @@ def _attend(plan: _Plan, refs: dict, out_ref, smem: dict, team: int):
     pl.when(rank == 0)(lambda: _store(_merge(state, smem), out_ref.at[batch, head], smem))
 
 
-def _by_warps(plan: _Plan, copies, tile):
+def _by_warps(copies, tile):
     """Starts the copies of a tile, each from one warp: the others go on to what they compute."""
 
     @plgpu.warp_map
     def _(warp):
-        if plan.config.spread:
-            for i, copy in enumerate(copies(tile)):
-                pl.when(warp == i % WARPS)(copy)
-        else:
-            pl.when(warp == 0)(lambda: [copy() for copy in copies(tile)] and None)
+        for i, copy in enumerate(copies(tile)):
+            pl.when(warp == i % WARPS)(copy)
 
 
-def _tile_copies(plan: _Plan, refs: dict, smem: dict, tiles: _Tiles, batch, head, first, last, tile) -> list:
+def _copies(plan: _Plan, refs: dict, smem: dict, tiles: _Tiles, batch, head, first, tile) -> list:
     """What starts the copies of a tile to its slot."""
     slot = lax.rem(tile - first, jnp.int32(plan.config.stages))
 
-    def place(tile):
+    def copy(name, count):
         sequence, start = batch, tiles.first_token(tile)
         if "page_table" in refs:
             page_size = jnp.int32(refs["v"].shape[3])
             sequence = refs["page_table"][batch, lax.div(start, page_size)]
             start = lax.rem(start, page_size)
-        return sequence, start
-
-    def copy(name, count):
-        if name == "v":
-            prefetch_values()
-        sequence, start = place(tile)
         per_tile = plan.config.block // count
         tokens = pl.ds(lax.div(start, jnp.int32(per_tile)), count)
         part = refs[name].at[sequence, head]
         part = part.at[:, tokens] if _token_axis(name, part.shape) else part.at[tokens]
         plgpu.copy_gmem_to_smem(part, smem[name].at[slot], smem["ready"].at[slot])
 
-    def prefetch_values():
-        span = plan.config.span
-        if not span or ("page_table" in refs and refs["v"].shape[3] % span):
-            return
-        per_span = jnp.int32(span // plan.config.block)
-
-        def prefetch(index):
-            sequence, start = place(index * per_span)
-            plgpu.async_prefetch(refs["v"].at[sequence, head, :, pl.ds(start, span)])
-
-        current = lax.div(tile, per_span)
-        pl.when(tile == first)(lambda: prefetch(current))
-        begins = (tile == first) | (lax.rem(tile, per_span) == 0)
-        pl.when(begins & ((current + 1) * per_span < last))(lambda: prefetch(current + 1))
-
     return [functools.partial(copy, name, count) for name, count in plan.copied(refs).items()]
 
 
-def _fetch_recent(refs: dict, smem: dict, tiles: _Tiles, batch, head, tile) -> list:
+def _recent_copies(refs: dict, smem: dict, tiles: _Tiles, batch, head, tile) -> list:
     """What starts the copies of a tile's recent tokens, which the ring has side by side."""
 
-    def copy_keys():
+    def copy(name):
         slot = lax.rem(tiles.first_token(tile), jnp.int32(refs["recent_k"].shape[2]))
-        tokens = pl.ds(slot, tiles.block)
-        plgpu.copy_gmem_to_smem(refs["recent_k"].at[batch, head, tokens], smem["recent_k"], smem["recent_k_ready"])
+        part, tokens = refs[name].at[batch, head], pl.ds(slot, tiles.block)
+        part = part.at[tokens] if name == "recent_k" else part.at[:, tokens]
+        plgpu.copy_gmem_to_smem(part, smem[name], smem[f"{name}_ready"])
 
-    def copy_values():
-        slot = lax.rem(tiles.first_token(tile), jnp.int32(refs["recent_k"].shape[2]))
-        tokens = pl.ds(slot, tiles.block)
-        plgpu.copy_gmem_to_smem(refs["recent_v"].at[batch, head, :, tokens], smem["recent_v"], smem["recent_v_ready"])
-
-    return [copy_keys, copy_values]
+    return [functools.partial(copy, name) for name in ("recent_k", "recent_v")]
 
 
 def _spread_queries(plan: _Plan, smem: dict):

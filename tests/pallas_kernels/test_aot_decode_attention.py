@@ -19,7 +19,7 @@ pytestmark = pytest.mark.aot
         ("int4", 64, 32, 8, 8192, 128, None, None),
         ("int4", 3, 14, 2, 256, 64, 64, None),
         ("int2", 16, 32, 8, 4096, 128, None, None),
-        ("int4", 16, 32, 8, 4096, 128, None, Config(64, 2, 2, span=256, spread=True, teams=2)),
+        ("int4", 16, 32, 8, 4096, 128, None, Config(64, 2, 2, teams=2)),
     ],
 )
 def test_kernels_fit_an_h200(format, batch, heads, kv_heads, tokens, head_dim, page_size, config):

@@ -90,8 +90,9 @@ def random_cache(rng, format: str, batch: int, tokens: int, page_size: int | Non
     ("format", "lengths", "page_size", "config"),
     [
         ("bf16", (256, 0, 70), None, Config(64, 2, 2)),
-        ("int8 with a ring", (200, 1, 97), None, Config(64, 2, 2, teams=2, ahead=True)),
-        ("int4", (161, 200, 97), 128, Config(64, 2, 2, span=128, spread=True, teams=2)),
+        ("int8 with a ring", (200, 1, 97), None, Config(64, 2, 2, teams=2)),
+        ("int8", (256, 130, 5), 128, Config(128, 2, 2)),
+        ("int4", (161, 200, 97), 128, Config(64, 2, 2, teams=2)),
         ("int2", (193, 40, 0), None, Config(64, 2, 1)),
     ],
 )
