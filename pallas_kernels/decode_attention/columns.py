@@ -77,8 +77,8 @@ def _by_column(x) -> list[list]:
 
 def _columns(registers: list, count: int):
     layout = PER_COLUMN.to_mgpu()
-    registers = np.array(registers, dtype=object).reshape(layout.registers_shape((count,)))
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+    shaped = np.array(registers, dtype=object).reshape(layout.registers_shape((count,)))
+    return mgpu.FragmentedArray(_registers=shaped, _layout=layout, _is_signed=None)
 
 
 def _index(i):
