@@ -12,7 +12,7 @@ import numpy as np
 from jaxquant.calibration._calibrate import arguments_of
 from jaxquant.products._attention import attention
 
-MODES = ("int8_fp8", "int8_f16")  # the fastest first
+MODES = ("auto", "int8_f16")  # the fastest first
 _OPTIONS = {
     "bias": "bias",
     "mask": "mask",
@@ -94,7 +94,7 @@ def choose_attention_modes(
         >>> x = jax.random.normal(jax.random.key(0), (1, 16, 64))
         >>> chosen = choose_attention_modes(model, jnp.float32(2.0), [x])
         >>> chosen.modes
-        ('int8_fp8',)
+        ('auto',)
         >>> model(jnp.float32(2.0), x, chosen.attention()).shape
         (1, 16, 2, 32)
     """

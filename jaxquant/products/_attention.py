@@ -51,7 +51,8 @@ def attention(
         scale: the softmax scale, positive; 1 / sqrt(H) by default.
         mode: formats of the two products. "int8_fp8": int8 scores, e4m3 weights and values; "int8_f16": int8 scores,
             the second product in v's own 16-bit format; "fp8": e4m3 in both; "int8_int8": int8 in both; "f16_fp8":
-            scores of q and k as they are, e4m3 weights and values. "auto" is "int8_fp8".
+            scores of 16-bit q and k (for H up to 64 they are float16 themselves, of smoothed keys), e4m3 weights and
+            values. "auto" is the faster of "int8_fp8" (H > 64, queries that see 4096 keys) and "f16_fp8".
         implementation: "mosaic_gpu" (a Hopper GPU; never falls back), "xla" (any device), or None: the kernel on a GPU
             where it supports the call, XLA elsewhere. The kernel takes bfloat16 and float16 and head dimensions up to
             128; those below 64 and 128 are padded with zeros.

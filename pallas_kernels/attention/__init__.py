@@ -18,7 +18,15 @@ from pallas_kernels.attention.quantize_mosaic_gpu import (
     quantize_values_mosaic_gpu,
     smooth_keys_mosaic_gpu,
 )
-from pallas_kernels.attention.reference import MODES, Masking, Window, attention_reference, visible
+from pallas_kernels.attention.reference import (
+    MODES,
+    Masking,
+    Window,
+    attention_reference,
+    auto_mode,
+    formats,
+    visible,
+)
 
 __all__ = ["MODES", "Config", "attention", "default_config", "supports"]
 
@@ -72,7 +80,8 @@ def attention(
         scale: the softmax scale; 1 / sqrt(H) by default.
         mode: formats of the two products. "int8_fp8": int8 scores, e4m3 weights and values; "int8_f16": int8 scores,
             the second product in v's own 16-bit format; "fp8": e4m3 in both; "int8_int8": int8 in both; "f16_fp8":
-            scores of q and k as they are, e4m3 weights and values. "auto" is "int8_fp8".
+            scores of 16-bit q and k (for H up to 64 they are float16 themselves, of smoothed keys), e4m3 weights and
+            values. "auto" is the faster of "int8_fp8" (H > 64, queries that see 4096 keys) and "f16_fp8".
         implementation: "mosaic_gpu" (a Hopper GPU; never falls back), "xla" (any device), or None: the kernel on a GPU
             where it supports the call, XLA elsewhere.
         config: tile shapes of the kernel; the default suits most calls.
@@ -93,14 +102,13 @@ def attention(
         >>> attention(q, k, v, causal=True).shape
         (1, 64, 2, 64)
     """
-    mode = "int8_fp8" if mode == "auto" else mode
     masking = Masking(bias, mask, query_lengths, kv_lengths)
     _check(q, k, v, masking, mode, implementation)
     sides = _window(window, causal, q.shape[1], k.shape[1])
+    if mode == "auto":
+        mode = auto_mode(q.shape[3], k.shape[1], sides)
     if config is None:
-        lengths = masking.query_lengths is not None or masking.kv_lengths is not None
-        masked = lengths or sides != (None, None) or k.shape[1] % Config.block_kv != 0
-        config = default_config(q, k, v, mode, masked=masked)
+        config = default_config(q.shape[3], mode)
     reason = wrong_generation() or supports(q, k, v, masking, mode, config)
     if implementation == "mosaic_gpu" and reason is not None:
         raise NotImplementedError(f"implementation='mosaic_gpu': {reason}")
@@ -158,7 +166,7 @@ def _mosaic_gpu(call: _Call, qkv, masking: Masking) -> jax.Array:
     batch, tokens, _, head_dim = q.shape
     kv_tokens = qkv[1].shape[1]
     q, k, v = (_pad(x, padded_head_dim(head_dim)) for x in qkv)
-    scores_dtype, values_dtype = MODES[call.mode]
+    scores_dtype, values_dtype = formats(call.mode, head_dim)
     block = call.config.block_kv
     kv_lengths = masking.kv_lengths
     if kv_lengths is None and k.shape[1] != kv_tokens:
@@ -229,7 +237,7 @@ def _check(q, k, v, masking: Masking, mode: str, implementation: str | None):
         raise ValueError(f"the heads of q, {q.shape[2]}, must be a multiple of those of k and v, {k.shape[2]}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if mode not in MODES:
+    if mode not in ("auto", *MODES):
         raise ValueError(f"mode must be 'auto' or one of {sorted(MODES)}, got {mode!r}")
     if implementation not in (None, "mosaic_gpu", "xla"):
         raise ValueError(f"implementation must be None, 'mosaic_gpu' or 'xla', got {implementation!r}")

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.quantize import E4M3, INT8
-from pallas_kernels.attention.reference import MODES, Masking, Mode
+from pallas_kernels.attention.quantize import E4M3, F16, INT8
+from pallas_kernels.attention.reference import HALF_HEAD_DIM, Masking, Mode, formats
 
 SHARED_MEMORY_BYTES = 232_448
 ROWS = 64  # queries of one warpgroup: the rows of a wgmma
@@ -21,20 +21,15 @@ class Config:
     Attributes:
         block_kv: keys and values of one tile, and the number of keys that share a scale.
         stages: key and value tiles in flight.
-        warpgroups: consumer warpgroups, each with 64 queries.
-        ping_pong: whether a warpgroup waits its turn for the tensor cores, so that one multiplies while another
-            computes its softmax; needs two warpgroups.
+        warpgroups: consumer warpgroups, each with 64 queries; while one computes its softmax, others multiply.
         exponentials_by_polynomial: of every 16 weights, how many are exponentials by a polynomial, to a third of a
             percent, instead of by the special function unit; for 8-bit values.
-        l2_bytes: the keys and values of as many heads as fit are worked on together, to be found in the L2 cache.
     """
 
     block_kv: int = 128
     stages: int = 2
-    warpgroups: int = 2
-    ping_pong: bool = True
+    warpgroups: int = 3
     exponentials_by_polynomial: int = 0
-    l2_bytes: int = 32 << 20
 
     def __post_init__(self):
         if self.block_kv not in (64, 128, 192, 256):
@@ -43,31 +38,25 @@ class Config:
             raise ValueError(f"stages must be at least 2, got {self.stages}")
         if self.warpgroups not in (1, 2, 3, 4):
             raise ValueError(f"warpgroups must be from 1 to 4, got {self.warpgroups}")
-        if self.ping_pong and self.warpgroups != 2:
-            raise ValueError(f"ping_pong needs 2 warpgroups, got {self.warpgroups}")
         if not 0 <= self.exponentials_by_polynomial <= 8:
             raise ValueError(f"exponentials_by_polynomial must be from 0 to 8, got {self.exponentials_by_polynomial}")
 
 
-def default_config(q: jax.Array, k: jax.Array, v: jax.Array, mode: str, *, masked: bool) -> Config:
-    """The configuration used when the caller names none.
+def default_config(head_dim: int, mode: str) -> Config:
+    """The configuration used when the caller names none: what was fastest on an H200.
 
-    Three warpgroups hide one another's softmax better than two that take turns (head_dim 64: 546 against 441 TFLOP/s,
-    128: 886 against 815; one H100), but with 8-bit values, head_dim 128 and a mask they spill registers.
-
-    Args:
-        q: [B, T, N, H].
-        k: [B, S, K, H].
-        v: [B, S, K, H].
-        mode: a key of MODES.
-        masked: whether some tile of keys is seen in part: causal, a window, lengths, or a ragged S.
-
-    Returns:
-        A configuration.
+    Four warpgroups keep the units busiest, where scores in float16 leave room for their registers (head_dim 64, 8192
+    keys: 707 TFLOP/s of the kernel against 657 of three), else three. Where exponentials hold up the rest, polynomials
+    take some of them over (748 against 707; int8 scores at head_dim 128, causal: 899 against 844).
     """
-    if q.shape[-1] > 64 and masked and MODES[mode].values is not None:
-        return Config()
-    return Config(warpgroups=3, ping_pong=False)
+    scores, values = formats(mode, head_dim)
+    if scores == F16:
+        return Config(warpgroups=4, exponentials_by_polynomial=4)
+    if (scores, values) == (INT8, E4M3) and head_dim > HALF_HEAD_DIM:
+        return Config(exponentials_by_polynomial=2)
+    if values == INT8 and head_dim > HALF_HEAD_DIM:  # sums of integers leave no registers for a third
+        return Config(warpgroups=2)
+    return Config()
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, masking: Masking, mode: str, config: Config) -> str | None:
@@ -80,9 +69,10 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, masking: Masking, mode: s
         return f"head_dim must be at most {max(HEAD_DIMS)}, got {q.shape[-1]}"
     if 0 in q.shape or 0 in k.shape:
         return f"empty operands: q {q.shape}, k {k.shape}"
-    if MODES[mode].values is None and config.exponentials_by_polynomial:
+    given = formats(mode, q.shape[-1])
+    if given.values is None and config.exponentials_by_polynomial:
         return f"{config} needs 8-bit weights, mode {mode!r} has none"
-    bytes_needed = shared_memory(q.shape[-1], q.dtype.itemsize, MODES[mode], config)
+    bytes_needed = shared_memory(q.shape[-1], q.dtype.itemsize, given, config)
     if bytes_needed > SHARED_MEMORY_BYTES:
         return f"{config} needs {bytes_needed} bytes of shared memory, Hopper has {SHARED_MEMORY_BYTES}"
     return None

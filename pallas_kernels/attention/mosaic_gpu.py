@@ -1,4 +1,4 @@
-"""Quantized flash attention for Hopper: one TMA warp feeds warpgroups that multiply in turn.
+"""Quantized flash attention for Hopper: one TMA warp feeds three or four warpgroups that multiply.
 
 Each block computes 64 queries per consumer warpgroup. A warpgroup quantizes its own queries, then for every tile of
 keys: scores = Q K^T (int8 or e4m3, wgmma), online softmax in base 2, P rounded in registers, P V (wgmma).
@@ -27,7 +27,7 @@ from pallas_kernels._shared_memory import tiled
 from pallas_kernels.attention.config import ROWS, Config
 from pallas_kernels.attention.plan import Block, Operands, Plan, Shared
 from pallas_kernels.attention.quantize import LOG2_E, Keys, Values
-from pallas_kernels.attention.reference import MODES, Window
+from pallas_kernels.attention.reference import Window, formats
 from pallas_kernels.attention.registers import (
     PER_COLUMN,
     PER_ROW,
@@ -39,7 +39,6 @@ from pallas_kernels.attention.registers import (
 from pallas_kernels.attention.steps import (
     add_values,
     hide,
-    pass_turn,
     quantize_rows,
     scale_rows,
     scores,
@@ -69,7 +68,8 @@ def quantized_attention(
 
     Args:
         q: [B, T, N, H] bfloat16 or float16, H of 64 or 128.
-        keys: quantized keys in blocks of config.block_kv, or K itself [B, S, K, H] for a mode with float scores.
+        keys: quantized keys in blocks of config.block_kv, smooth ones [B, K, S, H] for scores in float16, or K itself
+            [B, S, K, H] for a mode with float scores.
         values: quantized values, tokens interleaved, or V itself [B, S, K, H] for a mode with float values.
         lengths: query and key lengths [B] int32, or None.
         mode: a key of MODES.
@@ -81,12 +81,13 @@ def quantized_attention(
     Returns:
         [B, T, N, H] in q's dtype.
     """
-    batch, tokens, heads, _ = q.shape
+    batch, tokens, heads, head_dim = q.shape
     k, k_scale = keys if isinstance(keys, Keys) else (keys, None)
     v, v_scale, v_block_scale = values if isinstance(values, Values) else (values, None, None)
-    kv_heads = k.shape[2 if MODES[mode].scores is None else 1]
+    given = formats(mode, head_dim)
+    kv_heads = k.shape[2 if given.scores is None else 1]
     plan = Plan(
-        mode=MODES[mode],
+        mode=given,
         batch=batch,
         tokens=tokens,
         kv_tokens=kv_tokens,
@@ -127,7 +128,6 @@ def _scratch(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array) -> Shared:
         v_ready=barriers(),
         k_free=barriers(num_arrivals=groups),
         v_free=barriers(num_arrivals=groups),
-        turn=plgpu.Barrier(num_arrivals=groups),
         ones_ready=plgpu.Barrier(num_arrivals=stages) if plan.sum_channels else None,
     )
 
@@ -154,7 +154,7 @@ def _kernel(plan: Plan, refs: Operands, out_ref, smem: Shared):
 
 def _attend(plan: Plan, refs: Operands, out_ref, smem: Shared, block: Block, group):
     """Attention of one warpgroup's 64 queries: for every tile of keys QK, online softmax, PV."""
-    config, tiles = plan.config, block.tiles
+    tiles = block.tiles
     rows = smem.q.at[group]
     first_query = block.first_query + group * ROWS
     queries = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (ROWS,), 0), PER_ROW) + first_query
@@ -166,10 +166,8 @@ def _attend(plan: Plan, refs: Operands, out_ref, smem: Shared, block: Block, gro
         codes = smem.codes.at[group]
     if plan.half_scores:
         scale_rows(rows, codes, plan.scale * LOG2_E)
-    elif plan.scaled_scores:
+    elif plan.mode.scores is not None:
         q_scale = quantize_rows(rows, codes, plan.mode.scores) * (plan.scale * LOG2_E)
-    if config.ping_pong:
-        pl.when(group == 1)(lambda: pass_turn(smem.turn))
 
     def block_scale(tile, reciprocal: int):
         return refs.v_block_scale[block.batch, block.kv_head, tile, reciprocal]
@@ -198,9 +196,6 @@ def _attend(plan: Plan, refs: Operands, out_ref, smem: Shared, block: Block, gro
     nothing = acc, _per_row(LOWEST_MAXIMUM[plan.half_scores]), _per_row(0.0)
     acc, _, total = lax.fori_loop(tiles.begin, tiles.end, step, nothing)
     total = total if plan.sum_channels else sum_of_parts(total)
-    if config.ping_pong:
-        pl.when(group == 0)(lambda: pass_turn(smem.turn))
-
     total = jnp.where((queries < block.q_length) & (total != 0.0), total, jnp.inf)  # nothing seen: zeros
     out = acc * along_rows(1.0 / total, acc)
     if refs.lengths:  # a query past the length may be NaN

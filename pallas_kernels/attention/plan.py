@@ -13,6 +13,8 @@ from pallas_kernels.attention.reference import Mode, Window
 from pallas_kernels.attention.registers import MAGIC
 from pallas_kernels.attention.tiles import key_tiles
 
+MIXED_BYTES = 32 << 20  # of keys and values, of a Hopper's 50 MB of L2 cache
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -36,16 +38,21 @@ class Plan:
 
     @property
     def heads_together(self) -> int:
-        """Heads whose blocks run at the same time: as many as find their keys and values in the L2 cache."""
+        """Heads whose blocks are mixed, so that the longest of many can go first: all in the L2 cache.
+
+        One where all blocks are as long.
+        """
+        if self.window[1] is None:
+            return 1
         kv_heads = self.heads // self.heads_per_kv_head
-        most = max(1, self.config.l2_bytes // self.kv_head_bytes)
+        most = max(1, MIXED_BYTES // self.kv_head_bytes)
         return self.heads_per_kv_head * next(n for n in range(min(most, kv_heads), 0, -1) if kv_heads % n == 0)
 
     @property
     def grid(self) -> dict[str, int]:
         """Blocks, the last axis fastest: some heads at a time, of these the last queries first.
 
-        Causal ones see the most keys, and longest first fills the machine best.
+        Of causal ones those see the most keys, and longest first fills the machine best.
         """
         together = self.heads_together
         return {
@@ -111,7 +118,6 @@ class Shared(NamedTuple):
     v_ready: Any
     k_free: Any
     v_free: Any
-    turn: Any
     ones_ready: Any  # None for float values
 
 

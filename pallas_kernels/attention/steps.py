@@ -1,6 +1,7 @@
 """The steps of the attention kernel on one tile: scores, mask, online softmax, weighted sum."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -35,8 +36,6 @@ def scores(plan: Plan, smem: Shared, codes, slot):
 
     def multiply(scores_ref):
         plgpu.wgmma(scores_ref, codes, smem.k.at[slot].T)
-        if plan.config.ping_pong:
-            pass_turn(smem.turn)
 
     x = fresh_product(multiply, (ROWS, plan.config.block_kv), plan.mode.scores)
     plgpu.barrier_arrive(smem.k_free.at[slot])
@@ -92,11 +91,7 @@ def add_values(plan: Plan, smem: Shared, slot, p, decay, rescale, acc, total):
         weights, acc, total = lax.optimization_barrier((weights, acc, total))
     else:
         weights = p if plan.half_scores else round_to_operand(p, dtype)
-    if plan.config.ping_pong:
-        plgpu.barrier_arrive(smem.turn)
     plgpu.barrier_wait(smem.v_ready.at[slot])
-    if plan.config.ping_pong:
-        plgpu.barrier_wait(smem.turn)
     if dtype is None:
         acc = added_product(lambda ref: plgpu.wgmma(ref, weights, smem.v.at[slot]), acc)
     else:
@@ -108,14 +103,8 @@ def add_values(plan: Plan, smem: Shared, slot, p, decay, rescale, acc, total):
     return acc, total
 
 
-def pass_turn(turn):
-    """Lets the other warpgroup use the tensor cores, and waits until it has."""
-    plgpu.barrier_arrive(turn)
-    plgpu.barrier_wait(turn)
-
-
-def fresh_product(multiply, shape: tuple[int, int], dtype: jnp.dtype | None):
-    """A product in a fresh accumulator, as float32; one of int8 operands is MAGIC too large.
+def fresh_product(multiply, shape: tuple[int, int], dtype: jnp.dtype | None) -> Any:
+    """A product in a fresh accumulator, in float32 or, of float16, in this; one of int8 operands is MAGIC too large.
 
     It starts from a constant, written before its operands are there: ptxas drops zeros that are a constant, while those
     of a scoped accumulator cost 64 moves right before each product, and 64 additions right after an int8 one.
@@ -123,7 +112,7 @@ def fresh_product(multiply, shape: tuple[int, int], dtype: jnp.dtype | None):
     constant = jnp.zeros(shape, F16 if dtype == F16 else jnp.float32)
     if dtype == INT8:
         constant = jnp.full(shape, MAGIC_BITS, jnp.int32)
-    product = pl.run_state(multiply)(plgpu.ACC.init(plgpu.layout_cast(constant, TILE)))
+    product: Any = pl.run_state(multiply)(plgpu.ACC.init(plgpu.layout_cast(constant, TILE)))
     return lax.bitcast_convert_type(product, jnp.float32) if dtype == INT8 else product
 
 

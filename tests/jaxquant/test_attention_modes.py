@@ -24,10 +24,10 @@ def batches(rng):
 
 def test_each_attention_gets_the_fastest_mode_that_it_bears(batches):
     chosen = jq.choose_attention_modes(model, {"size": jnp.float32(1.0)}, batches, minimum=0.99)
-    assert chosen.modes == ("int8_fp8", "int8_f16")
+    assert chosen.modes == ("auto", "int8_f16")
     first, second = chosen.cosines
-    assert 0.99 < first["int8_fp8"] < first["int8_f16"] <= 1
-    assert second["int8_fp8"] < 0.99 < second["int8_f16"]
+    assert 0.99 < first["auto"] < first["int8_f16"] <= 1
+    assert second["auto"] < 0.99 < second["int8_f16"]
 
 
 def test_cosines_are_over_all_batches(batches):
