@@ -3,6 +3,9 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Every warpgroup of an interpreted kernel holds a thread of XLA's pool while it waits at a barrier: as many as there
+# are cores can all wait for one that has none.
+os.environ.setdefault("PJRT_NPROC", "16")
 
 import secrets
 import sys
