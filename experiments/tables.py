@@ -73,6 +73,20 @@ def attention_table() -> str:
     return "\n".join(lines)
 
 
+def attention_speed_table() -> str:
+    """The fastest mode of attention on an H200 beside cuDNN, as Markdown."""
+    rows = json.loads((RESULTS / "attention_h200.json").read_text(encoding="utf-8"))["rows"]
+    names = ("channels a head", "tokens", "mask", "mode", "TFLOP/s", "cuDNN", "relative error")
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for case in sorted({row["case"] for row in rows}):
+        cudnn, *ours = sorted((r for r in rows if r["case"] == case), key=lambda r: (r["mode"] != "cudnn", r["op_us"]))
+        head_dim, tokens, mask = case.split("_")
+        speed = f"{ours[0]['op_tflops']:.0f} ({ours[0]['kernel_tflops']:.0f}) | {cudnn['op_tflops']:.0f}"
+        error = f"{ours[0]['normal']['error']:.4f}"
+        lines.append(f"| {head_dim[1:]} | {tokens[1:]} | {mask} | {ours[0]['mode']} | {speed} | {error} |")
+    return "\n".join(lines)
+
+
 def eight_bit_table() -> str:
     """Products of 8-bit activations on an H200 beside PyTorch's, as Markdown."""
     read = lambda name: json.loads((RESULTS / f"{name}_h200.json").read_text(encoding="utf-8"))["rows"]  # noqa: E731
@@ -170,6 +184,7 @@ TABLES = {
     "whole_model": whole_model_table,
     "caches": caches_table,
     "attention": attention_table,
+    "attention_speed": attention_speed_table,
     "quickstart": quickstart_table,
     "calibrated": calibrated_table,
     "peers": peers_table,
