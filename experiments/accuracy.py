@@ -22,10 +22,12 @@ import jaxquant as jq
 from experiments.evaluation import evaluate
 from experiments.memory import peak_bytes, reset_peak
 from experiments.models.decoder import Decoder, Params
+from experiments.models.generate import continue_text
 from experiments.models.hf import load_hf
 from experiments.recipes import RECIPES, Recipe, get_recipes
 
 BATCH = 8  # calibration sequences a step
+ROUNDS = 6  # of distillation over all texts
 DEFAULT = "float,rtn-w8,rtn-w4,rtn-w4-asym,rtn-w3,w8a8,fp8"
 IMPORTED = {"imported": Recipe(None, "a quantized folder, as it is")}
 EMBEDDED_MODEL = pathlib.Path(__file__).parent / "models" / "tiny_python"
@@ -76,9 +78,20 @@ def quantize_recipe(model: Decoder, params: Params, recipe: Recipe, calibration:
     if not recipe.calibrated:
         return jax.block_until_ready(jq.quantize(params, recipe.config))
     inputs = np.asarray(calibration)[:, :-1].astype(np.int32)
-    batches = [jnp.asarray(inputs[start : start + BATCH]) for start in range(0, len(inputs), BATCH)]
+    written = continue_text(model, params, inputs, max(recipe.continued, recipe.distilled))
+    batches = batches_of(np.concatenate([inputs, *written[: recipe.continued]]))
     options = {"apply_fn": model.forward, "batches": batches, "sequential": recipe.sequential}
-    return jax.block_until_ready(jq.quantize(params, recipe.config, **options))
+    qparams = jq.quantize(params, recipe.config, **options)
+    if recipe.distilled:
+        batches = batches_of(np.concatenate([inputs, *written]))
+        steps = ROUNDS * (len(batches) - 1)
+        qparams = jq.distill(model.clone(dtype=jnp.float32).forward, params, qparams, batches, steps=steps)
+    return jax.block_until_ready(qparams)
+
+
+def batches_of(tokens: np.ndarray) -> list[jax.Array]:
+    """Sequences as the batches that calibrate, a step each."""
+    return [jnp.asarray(tokens[start : start + BATCH]) for start in range(0, len(tokens), BATCH)]
 
 
 def measure(

@@ -56,12 +56,12 @@ GPTQS = ("ist-gptq-best", "llmcompressor-gptq", "llmcompressor-gptq-mse", "gptqm
 BARS = (
     *(
         Bar(f"gptq-{form}-{ours}", f"{peer}-{form}", 0.90 if "asym" in form else 0.85)
-        for ours in ("compensated", "damped")
+        for ours in ("compensated", "damped", "continued")
         for peer in WITHOUT_TRAINING
         for form in FORMATS
     ),
-    *(Bar(f"learned-{form}", f"ist-gptq-best-{form}", 0.75) for form in FORMATS),
-    *(Bar(f"learned-{form}", f"autoround-{form}", 0.85) for form in FORMATS),
+    *(Bar(f"{ours}-{form}", f"ist-gptq-best-{form}", 0.75) for ours in ("learned", "distilled") for form in FORMATS),
+    *(Bar(f"{ours}-{form}", f"autoround-{form}", 0.85) for ours in ("learned", "distilled") for form in FORMATS),
     *(Bar(f"gptq-{form}", f"{peer}-{form}", 1.02) for peer in GPTQS for form in FORMATS),
     *(Bar(f"awq-{form}", f"llmcompressor-awq-{form}", 1.02) for form in FORMATS),
     Bar("rtn-w4", "torchao-w4", 1.02),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
+from typing import Any
 
 import jaxquant as jq
 
@@ -18,12 +19,16 @@ class Recipe:
         summary: what it is, in a few words.
         calibrated: whether it needs calibration tokens.
         sequential: as `jq.quantize` takes it.
+        continued: how many continuations of each calibration sequence, by the float model, calibrate beside it.
+        distilled: how many of them, the sequences themselves beside, train codes and scales afterwards; 0: none do.
     """
 
     config: jq.QuantConfig | None
     summary: str
     calibrated: bool = False
     sequential: bool | None = None
+    continued: int = 0
+    distilled: int = 0
 
 
 SIGNED = {"grid": "signed", "range": "mse"}  # what gave GPTQ the least error when tried
@@ -40,12 +45,12 @@ def _calibrated(
     algorithm: jq.WeightTransform,
     summary: str,
     weight: Mapping[str, str] = types.MappingProxyType({}),
-    sequential: bool | None = None,
+    **fields: Any,
 ) -> Recipe:
-    """A preset rounded by an algorithm, fields of its weight spec replaced."""
+    """A preset rounded by an algorithm, fields of its weight spec replaced; others of the recipe follow by name."""
     spec = jq.QuantConfig.preset(preset).default
     spec = dataclasses.replace(spec, weight=dataclasses.replace(spec.weight, **weight))
-    return Recipe(jq.QuantConfig(spec, algorithm=algorithm), summary, calibrated=True, sequential=sequential)
+    return Recipe(jq.QuantConfig(spec, algorithm=algorithm), summary, calibrated=True, **fields)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -64,7 +69,9 @@ RECIPES: dict[str, Recipe] = {
     "gptq-w4-asym": _calibrated("w4a16-asym", jq.gptq(), "4-bit weights, groups of 128, zero points, GPTQ", RANGE),
     "gptq-w3": _calibrated("w3a16", jq.gptq(), "3-bit weights, groups of 128, signed scales, GPTQ", SIGNED),
     "gptq-w3-asym": _calibrated("w3a16-asym", jq.gptq(), "3-bit weights, groups of 128, zero points, GPTQ", RANGE),
-    "gptq-w4-sequential": _calibrated("w4a16", jq.gptq(), "gptq-w4 on quantized layers' outputs", SIGNED, True),
+    "gptq-w4-sequential": _calibrated(
+        "w4a16", jq.gptq(), "gptq-w4 on quantized layers' outputs", SIGNED, sequential=True
+    ),
     "gptq-w4-compensated": _calibrated("w4a16", COMPENSATED, "the same, making up for what quantization did", SIGNED),
     "gptq-w4-asym-compensated": _calibrated("w4a16-asym", COMPENSATED, "the same with zero points", RANGE),
     "gptq-w3-compensated": _calibrated("w3a16", COMPENSATED, "the same at 3 bits, symmetric", SIGNED),
@@ -89,6 +96,21 @@ RECIPES: dict[str, Recipe] = {
     "salient-w4": _calibrated("w4a16", jq.salient(), "4-bit weights, 1 % of the input channels in float"),
     "salient-w3": _calibrated("w3a16", jq.salient(), "3-bit weights, 1 % of the input channels in float"),
 }
+
+
+FORMS = {
+    "w4": ("w4a16", SIGNED),
+    "w4-asym": ("w4a16-asym", RANGE),
+    "w3": ("w3a16", SIGNED),
+    "w3-asym": ("w3a16-asym", RANGE),
+}
+WITH_TEXT = "gptq-{}-damped, the model's own continuations of the text beside"
+DISTILLED = "gptq-{}-continued, then codes and scales trained towards the model's outputs"
+for _form, (_preset, _weight) in FORMS.items():
+    RECIPES[f"gptq-{_form}-continued"] = _calibrated(_preset, DAMPED, WITH_TEXT.format(_form), _weight, continued=2)
+    RECIPES[f"distilled-{_form}"] = _calibrated(
+        _preset, DAMPED, DISTILLED.format(_form), _weight, continued=2, distilled=20
+    )
 
 
 def get_recipes(names: str) -> dict[str, Recipe]:

@@ -14,6 +14,7 @@ from pallas_kernels.grouped_matmul.cases import LAYERS as EXPERTS
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
+DISTILL = RESULTS / "distill_tiny_python.json"
 
 
 def quickstart_table() -> str:
@@ -50,6 +51,22 @@ def small_peers_table() -> str:
 def peer_flags_table() -> str:
     """How each other library ran, as Markdown."""
     return flags_table(load_rows(PEERS))
+
+
+def distill_table() -> str:
+    """KL on held-out sequences by what calibrates and what is trained, as Markdown."""
+    rows = json.loads(DISTILL.read_text(encoding="utf-8"))["rows"]
+    forms = list(dict.fromkeys(row["form"] for row in rows))
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        rates = (
+            f", {row['rounds']} rounds at {row['learning_rate']:g} and {row['code_rate']:g}" if row["rounds"] else ""
+        )
+        found.setdefault(row["texts"] + rates, {})[row["form"]] = row["kl"]
+    lines = [f"| texts | {' | '.join(forms)} |", "|---" * (len(forms) + 1) + "|"]
+    for name, kl in found.items():
+        lines.append(f"| {name} | {' | '.join(f'{kl[form]:.4f}' if form in kl else '' for form in forms)} |")
+    return "\n".join(lines)
 
 
 def caches_table() -> str:
@@ -178,7 +195,17 @@ def whole_model_table() -> str:
     return "\n".join(lines)
 
 
-PAGES = tuple(ROOT / page for page in ("README.md", "docs/peers.md", "docs/attention.md", "docs/gpu.md", "docs/moe.md"))
+PAGES = tuple(
+    ROOT / page
+    for page in (
+        "README.md",
+        "docs/algorithms/distill.md",
+        "docs/peers.md",
+        "docs/attention.md",
+        "docs/gpu.md",
+        "docs/moe.md",
+    )
+)
 TABLES = {
     "int4": int4_table,
     "whole_model": whole_model_table,
@@ -190,6 +217,7 @@ TABLES = {
     "peers": peers_table,
     "small_peers": small_peers_table,
     "peer_flags": peer_flags_table,
+    "distill": distill_table,
     "eight_bit": eight_bit_table,
     "grouped": grouped_table,
     "moe": moe_table,

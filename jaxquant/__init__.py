@@ -30,11 +30,11 @@ from jaxquant.calibration._calibrate import Calibration as Calibration
 from jaxquant.calibration._calibrate import calibrate as calibrate
 from jaxquant.calibration._distances import logit_divergence as logit_divergence
 from jaxquant.calibration._distances import squared_change as squared_change
+from jaxquant.calibration._distill import distill as distill
 from jaxquant.calibration._fake_quantized import fake_quantized as fake_quantized
 from jaxquant.calibration._fold import fold_pre_scale as fold_pre_scale
 from jaxquant.calibration._report import Report as Report
 from jaxquant.calibration._report import WeightReport as WeightReport
-from jaxquant.calibration._tune_scales import tune_scales as tune_scales
 from jaxquant.checkpoint import load as load
 from jaxquant.checkpoint import save as save
 from jaxquant.conversion import convert as convert

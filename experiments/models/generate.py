@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.models.decoder import Decoder, Params
+
+PROMPT = 64  # tokens of a sequence that a continuation starts from
 
 
 def generate(
@@ -66,3 +69,25 @@ def generate(
     first = choose(logits, keys[0])
     _, rest = jax.lax.scan(step, (first, cache), keys[1:])
     return jnp.concatenate([prompt.astype(jnp.int32), first[:, None], rest.T], axis=1)
+
+
+def continue_text(model: Decoder, params: Params, sequences: np.ndarray, count: int) -> list[np.ndarray]:
+    """Has the model continue excerpts of calibration sequences: text of its own, on which it can be imitated.
+
+    Args:
+        model: the architecture and compute dtype.
+        params: the float model's parameters.
+        sequences: int tokens [S, T].
+        count: how many continuations of each; each starts from another excerpt, a quarter of T long or 64 tokens.
+
+    Returns:
+        `count` arrays of int32 tokens [S, T], drawn at temperature 1; the same ones in every call.
+    """
+    length = sequences.shape[1]
+    prompt = min(PROMPT, length // 4)
+    run = jax.jit(generate, static_argnums=(0, 3, 4))
+    starts = [prompt * n % (length - prompt + 1) for n in range(count)]
+    return [
+        np.asarray(run(model, params, sequences[:, at : at + prompt], length - prompt, 1.0, jax.random.key(n)))
+        for n, at in enumerate(starts)
+    ]

@@ -185,21 +185,22 @@ def initial(start: Start) -> Rounding:
     return Rounding(jnp.zeros_like(start.value), jnp.ones(start.scale.shape))
 
 
-def _straight_through(rounded: jax.Array, x: jax.Array) -> jax.Array:
+def straight_through(rounded: jax.Array, x: jax.Array) -> jax.Array:
+    """`rounded`, with the gradient of `x`."""
     return x + jax.lax.stop_gradient(rounded - x)
 
 
 def soft_scale(scale: jax.Array, gain: jax.Array) -> jax.Array:
     """Scales times gains, float32 but rounded as they are stored, with a straight-through gradient."""
     wide = scale.astype(jnp.float32) * gain
-    return _straight_through(wide.astype(scale.dtype).astype(jnp.float32), wide)
+    return straight_through(wide.astype(scale.dtype).astype(jnp.float32), wide)
 
 
 def _soft_codes(rounding: Rounding, start: Start) -> tuple[jax.Array, jax.Array]:
     """(codes less zero points with a straight-through gradient, float32 scales as stored)."""
     shape, scale = start.value.shape, soft_scale(start.scale, rounding.gain)
     moved = start.value / expand_grid(rounding.gain, shape) + rounding.offset
-    codes = _straight_through(jnp.round(moved), moved)
+    codes = straight_through(jnp.round(moved), moved)
     return jnp.clip(codes, expand_grid(start.low, shape), expand_grid(start.high, shape)), scale
 
 

@@ -333,10 +333,14 @@ def find_scale(x: jax.Array, grid: tuple[int, ...], spec: TensorSpec) -> tuple[j
 
 def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: TensorSpec) -> jax.Array:
     """The float32 values that unpacked codes stand for."""
-    values = decode_codes(codes, spec.format)
+    return decode_values(decode_codes(codes, spec.format), scale, zero_point)
+
+
+def decode_values(values: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
+    """What float32 values of codes stand for once zero points are taken off and scales multiplied."""
     if zero_point is not None:
-        values = values - expand_grid(zero_point.astype(jnp.float32), codes.shape)
-    return values * expand_grid(scale.astype(jnp.float32), codes.shape)
+        values = values - expand_grid(zero_point.astype(jnp.float32), values.shape)
+    return values * expand_grid(scale.astype(jnp.float32), values.shape)
 
 
 def all_finite(x: jax.Array) -> jax.Array:

@@ -6,8 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxquant.arrays._numerics import decode, encode, find_scale, grid_shape, padded_length
-from jaxquant.arrays._qtypes import QType, get_qtype, pack_codes, unpack_codes
+from jaxquant.arrays._numerics import decode_values, encode, find_scale, grid_shape, padded_length
+from jaxquant.arrays._qtypes import QType, decode_codes, get_qtype, pack_codes, unpack_codes
 from jaxquant.arrays._spec import QuantSpec, TensorSpec
 
 
@@ -258,7 +258,25 @@ def dequantize_array(q: QArray) -> jax.Array:
     >>> dequantize_array(quantize_array(jnp.zeros((128, 8)), PRESETS["w4a16"])).sum().item()
     0.0
     """
-    values = decode(codes_of(q), q.scale, q.zero_point, TensorSpec(q.qtype))
+    return dequantize_codes(q, decode_codes(codes_of(q), q.format))
+
+
+def dequantize_codes(q: QArray, codes: jax.Array) -> jax.Array:
+    """Gives the float weight that other codes would stand for in a QArray, differentiable in them and in its scales.
+
+    Args:
+        q: a QArray of plain layout.
+        codes: float32 values of codes in the place of its own, of the shape of `codes_of(q)`.
+
+    Returns:
+        Array of `q.shape` and `q.dtype`.
+
+    >>> from jaxquant.arrays._spec import PRESETS
+    >>> q = quantize_array(jnp.ones((128, 8)), PRESETS["w4a16"])
+    >>> dequantize_codes(q, jnp.zeros((128, 8))).sum().item()
+    0.0
+    """
+    values = decode_values(codes, q.scale, q.zero_point)
     values = jax.lax.slice_in_dim(values, 0, q.trailing[q.axis[-1]], axis=values.ndim + q.axis[-1])
     if q.perm is not None:  # the row at place i belongs to input perm[i]
         dim = values.ndim + q.axis[-1]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.models import Decoder, DecoderConfig, generate, load_hf
+from experiments.models.generate import continue_text
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "decoder"
 FAMILIES = ["llama", "llama_bias", "mistral", "qwen2", "qwen2_window", "qwen3", "mixtral", "qwen3_moe", "qwen3_moe_raw"]
@@ -89,6 +90,17 @@ def test_sampling_follows_the_model_s_distribution():
     chance = np.asarray(jax.nn.softmax(jax.jit(model.forward)(params, tokens[:1, :4])[0, -1]))
     # five standard deviations of a binomial share
     assert (np.abs(share - chance) <= 5 * np.sqrt(chance * (1 - chance) / 4000) + 1 / 4000).all()
+
+
+def test_continuations_start_from_other_excerpts_and_are_the_same_in_every_call():
+    model, params, tokens, _ = _golden("llama")
+    sequences = np.asarray(tokens)[:, :24]
+    first, second, third = continue_text(model, params, sequences, 3)
+    for n, text in enumerate((first, second, third)):
+        assert text.shape == sequences.shape
+        np.testing.assert_array_equal(text[:, :6], sequences[:, 6 * n : 6 * n + 6])
+    np.testing.assert_array_equal(continue_text(model, params, sequences, 2)[1], second)
+    assert (first[:, 6:] != sequences[:, 6:]).any()
 
 
 def test_generation_refuses_bad_arguments():

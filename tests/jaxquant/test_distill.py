@@ -1,4 +1,4 @@
-"""Scales trained end to end: the codes stay, the held-out batches are never worse, the gradient is the one on paper."""
+"""Codes and scales trained end to end: the held-out batches are never worse, the gradients are those on paper."""
 
 import dataclasses
 
@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
+from jaxquant.arrays._qarray import codes_of, pack_padded
 from jaxquant.arrays._spec import PRESETS
-from jaxquant.calibration._tune_scales import _soften
+from jaxquant.calibration._distill import Move, _soften
 
 INT4 = jq.QuantSpec(jq.TensorSpec("int4", jq.PerGroup(16), scale_dtype="bfloat16"))
 
@@ -50,7 +51,7 @@ def start(rng):
 
 def test_no_steps_change_nothing(start):
     params, qparams, batches = start
-    assert jq.tune_scales(linear, params, qparams, batches, steps=0) is qparams
+    assert jq.distill(linear, params, qparams, batches, steps=0) is qparams
 
 
 @pytest.mark.parametrize("qtype", ["int4", "uint4", "nf4"])
@@ -59,7 +60,7 @@ def test_the_gradient_is_the_one_on_paper(rng, qtype):
     spec = jq.QuantSpec(jq.TensorSpec(qtype, jq.PerGroup(16)))  # float32 scales: nothing is rounded in between
     q = jq.quantize({"kernel": w}, jq.QuantConfig(spec))["kernel"]
     gains = jnp.asarray(rng.uniform(0.9, 1.1, q.scale.shape), jnp.float32)
-    found = jax.grad(lambda gains: squared(x @ w, x @ _soften(q, gains)))(gains)
+    found = jax.grad(lambda gains: squared(x @ w, x @ _soften(q, Move(gains, None))))(gains)
 
     dense, wide, g = (np.asarray(a, np.float64) for a in (jq.dequantize({"w": q})["w"], w, gains))
     seen = np.asarray(x, np.float64)
@@ -68,11 +69,51 @@ def test_the_gradient_is_the_one_on_paper(rng, qtype):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())  # sums of 20 x 16 float32
 
 
+@pytest.mark.parametrize("qtype", ["int4", "uint4"])
+def test_the_gradient_of_codes_is_the_scale_times_that_of_the_weight(rng, qtype):
+    w, x = normal(rng, 32, 6), jnp.asarray(rng.standard_normal((20, 32)), jnp.float32)
+    q = jq.quantize({"kernel": w}, jq.QuantConfig(jq.QuantSpec(jq.TensorSpec(qtype, jq.PerGroup(16)))))["kernel"]
+    low, high = q.format.qmin, q.format.qmax
+    offset = jnp.asarray(rng.integers(-9, 10, w.shape), jnp.float32)  # some leave the range
+    found = jax.grad(lambda v: squared(x @ w, x @ _soften(q, Move(jnp.ones(q.scale.shape), v))))(offset)
+
+    scale, code = np.repeat(np.asarray(q.scale, np.float64), 16, axis=0), np.asarray(codes_of(q), np.float64)
+    zero = 0.0 if q.zero_point is None else np.repeat(np.asarray(q.zero_point, np.float64), 16, axis=0)
+    moved, seen = code + np.asarray(offset), np.asarray(x, np.float64)
+    left = seen @ ((np.clip(moved, low, high) - zero) * scale - np.asarray(w, np.float64))
+    wanted = (2 / left.size) * (seen.T @ left) * scale
+    inside = (moved > low) & (moved < high)  # jnp.clip halves the gradient at its ends
+    np.testing.assert_allclose(found[inside], wanted[inside], rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+    assert (np.asarray(found)[(moved < low) | (moved > high)] == 0).all()
+
+
+@pytest.mark.parametrize("qtype", ["int4", "uint3"])
+def test_spoiled_codes_come_back(rng, qtype):
+    params = {"kernel": normal(rng, 32, 8), "bias": jnp.ones(8)}
+    qparams = jq.quantize(params, jq.QuantConfig(jq.QuantSpec(jq.TensorSpec(qtype, jq.PerGroup(16)))))
+    q = qparams["kernel"]
+    codes = codes_of(q)
+    turned = jnp.clip(codes.astype(jnp.int32) + rng.integers(-2, 3, codes.shape), q.format.qmin, q.format.qmax)
+    packed = pack_padded(turned.astype(codes.dtype), q.format, q.axis[-1])
+    worse = {**qparams, "kernel": dataclasses.replace(q, qvalue=packed)}
+    batches = [jnp.asarray(rng.standard_normal((64, 32)), jnp.float32) for _ in range(3)]
+    seen = []
+    trained = jq.distill(
+        linear, params, worse, batches, steps=80, learning_rate=1e-4, code_rate=0.1, distance=squared,
+        report=lambda _, value: seen.append(value),
+    )  # fmt: skip
+    assert min(seen) < seen[0] / 2
+    last = jq.quantized(linear)(trained, batches[-1])
+    np.testing.assert_allclose(squared(linear(params, batches[-1]), last), min(seen), rtol=1e-3)
+    assert trained["kernel"].qvalue.dtype == q.qvalue.dtype
+    assert int(codes_of(trained["kernel"]).max()) <= q.format.qmax
+
+
 def test_spoiled_scales_come_back_and_codes_stay(start):
     params, qparams, batches = start
     worse, seen = spoiled(qparams, 1.3), []
-    tuned = jq.tune_scales(
-        linear, params, worse, batches, steps=60, learning_rate=0.02, distance=squared,
+    tuned = jq.distill(
+        linear, params, worse, batches, steps=60, learning_rate=0.02, code_rate=0.0, distance=squared,
         report=lambda step, value: seen.append((step, value)),
     )  # fmt: skip
     errors = {name: squared(linear(params, batches[-1]), jq.quantized(linear)(q, batches[-1]))
@@ -89,8 +130,9 @@ def test_spoiled_scales_come_back_and_codes_stay(start):
 
 def test_never_worse_than_the_start_on_held_out_batches(start):
     params, qparams, batches = start
-    tuned = jq.tune_scales(linear, params, qparams, batches, steps=7, learning_rate=0.4, distance=squared)
+    tuned = jq.distill(linear, params, qparams, batches, steps=7, learning_rate=0.4, distance=squared)
     assert jnp.array_equal(tuned["kernel"].scale, qparams["kernel"].scale)
+    assert jnp.array_equal(tuned["kernel"].qvalue, qparams["kernel"].qvalue)
 
 
 class Stack(nn.Module):
@@ -120,7 +162,7 @@ def test_trees_of_every_kind(rng, form):
     worse = spoiled(jq.quantize(params, config, apply_fn=model.apply, batches=batches), 1.3)
     seen = []
     options = {"steps": 40, "learning_rate": 0.03, "distance": squared, "report": lambda _, value: seen.append(value)}
-    tuned = jq.tune_scales(model.apply, params, worse, batches, **options)
+    tuned = jq.distill(model.apply, params, worse, batches, **options)
     assert min(seen) < seen[0] / 2
     assert jax.tree.structure(tuned) == jax.tree.structure(worse)
 
@@ -136,7 +178,7 @@ def test_an_nnx_state(rng):
 
     seen = []
     options = {"steps": 40, "learning_rate": 0.03, "distance": squared}
-    jq.tune_scales(apply, state, qstate, batches, report=lambda _, value: seen.append(value), **options)
+    jq.distill(apply, state, qstate, batches, report=lambda _, value: seen.append(value), **options)
     assert seen[-1] < seen[0] / 2
 
 
@@ -151,7 +193,8 @@ def test_refusals_name_what_is_wrong(start):
         ((params, params, batches), {}, "holds no quantized weight"),
         ((params, qparams, batches[:1]), {}, "give at least 2"),
         ((params, qparams, batches), {"learning_rate": 0.0}, "learning_rate=0.0"),
+        ((params, qparams, batches), {"code_rate": -1.0}, "code_rate=-1.0"),
         ((params, qparams, nan), {}, "is nan at the start"),
     ):
         with pytest.raises(ValueError, match=message):
-            jq.tune_scales(linear, *given, **options)
+            jq.distill(linear, *given, **options)
