@@ -53,7 +53,7 @@ class Move(NamedTuple):
     offset: jax.Array | None
 
 
-Moves = dict[str, Move]
+Moves = dict[str, Any]  # of each path a Move; optax knows no named tuples
 
 
 def distill(
@@ -116,7 +116,9 @@ def distill(
     """
     batches = list(batches)
     _check(steps, learning_rate, code_rate, held_out, len(batches))
-    moves = {path: _unmoved(_trainable(path, q), code_rate) for path, q in named_leaves(qparams) if is_quantized(q)}
+    moves: Moves = {
+        path: _unmoved(_trainable(path, q), code_rate) for path, q in named_leaves(qparams) if is_quantized(q)
+    }
     if not moves:
         raise ValueError("distill: qparams holds no quantized weight; give what quantize returned")
     if not steps:
@@ -201,14 +203,11 @@ def _make_step(apply_fn: Callable[..., Any], distance: Callable[[Any, Any], jax.
         gradients = jax.grad(lambda moves: form.call(functools.partial(loss, moves), arrays))(moves)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes implicitly
             updates, memory = OPTIMIZER.update(gradients, memory)
-        return {path: _step_one(move, updates[path], *rates) for path, move in moves.items()}, memory
+        rates_of = {path: Move(rates[0], None if move.offset is None else rates[1]) for path, move in moves.items()}
+        moves = jax.tree.map(lambda old, rate, update: old + rate * update, moves, rates_of, updates)
+        return {path: Move(jnp.clip(gain, *GAIN_RANGE), offset) for path, (gain, offset) in moves.items()}, memory
 
     return step
-
-
-def _step_one(move: Move, update: Move, rate: jax.Array, code_rate: jax.Array) -> Move:
-    gain = jnp.clip(move.gain + rate * update.gain, *GAIN_RANGE)
-    return Move(gain, None if move.offset is None else move.offset + code_rate * update.offset)
 
 
 def _moved_codes(q: QArray, offset: jax.Array) -> jax.Array:
