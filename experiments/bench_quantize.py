@@ -19,6 +19,7 @@ import jax.monitoring
 import jax.numpy as jnp
 
 import jaxquant as jq
+from experiments import _clock
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
 
@@ -79,8 +80,7 @@ def measure(name: str, model: Decoder, params: dict, batches: list[jax.Array]) -
     total, weights = time.perf_counter() - start, sum(row.seconds for row in report.rows)
     seconds = {"total": total, "weights": weights, "compile": sum(compiled), "model": total - weights}
     errors = [row.error / row.error_rtn for row in report.rows if row.error is not None and row.error_rtn]
-    device = jax.devices()[0]
-    stats = device.memory_stats() or {}
+    stats = jax.devices()[0].memory_stats() or {}
     summary = jq.summary(qparams)
     return {
         "algorithm": name,
@@ -91,8 +91,6 @@ def measure(name: str, model: Decoder, params: dict, batches: list[jax.Array]) -
         "error_over_rtn": sum(errors) / len(errors) if errors else None,
         "bits": summary.bits_per_weight,
         "peak_gigabytes": stats.get("peak_bytes_in_use", 0) / 1e9,
-        "device": device.device_kind,
-        "jax": jax.__version__,
     }
 
 
@@ -117,7 +115,8 @@ def main() -> None:
         print(f"{name:14} {seconds}; peak {rows[-1]['peak_gigabytes']:.1f} GB", flush=True)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            report = {"conditions": _clock.conditions(), "rows": rows}
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

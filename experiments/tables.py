@@ -195,10 +195,24 @@ def whole_model_table() -> str:
     return "\n".join(lines)
 
 
+def quantize_table() -> str:
+    """Seconds and memory of quantizing a model of Llama-3-8B's shapes, as Markdown."""
+    rows = json.loads((RESULTS / "bench_quantize_h200.json").read_text(encoding="utf-8"))["rows"]
+    lines = [
+        "| algorithm | seconds | of which weights | model | compilation, in both | peak GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        seconds = " | ".join(f"{row['seconds'][stage]:.1f}" for stage in ("total", "weights", "model", "compile"))
+        lines.append(f"| {row['algorithm']} | {seconds} | {row['peak_gigabytes']:.1f} |")
+    return "\n".join(lines)
+
+
 PAGES = tuple(
     ROOT / page
     for page in (
         "README.md",
+        "docs/algorithms/README.md",
         "docs/algorithms/distill.md",
         "docs/peers.md",
         "docs/attention.md",
@@ -209,6 +223,7 @@ PAGES = tuple(
 TABLES = {
     "int4": int4_table,
     "whole_model": whole_model_table,
+    "quantize": quantize_table,
     "caches": caches_table,
     "attention": attention_table,
     "attention_speed": attention_speed_table,
