@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+from typing import Any
 
 from experiments.peers import RESULTS as PEERS
 from experiments.peers import SMALL_RESULTS as SMALL_PEERS
@@ -51,6 +52,28 @@ def small_peers_table() -> str:
 def peer_flags_table() -> str:
     """How each other library ran, as Markdown."""
     return flags_table(load_rows(PEERS))
+
+
+def passes_table() -> str:
+    """GPTQ in each form of the pass, by preset, as Markdown."""
+    lines = ["| preset and form | KL | seconds |", "|---|---|---|"]
+    lines += [f"| {row['name']} | {row['kl']:.4f} | {row['seconds']:.1f} |" for row in choices("passes")]
+    return "\n".join(lines)
+
+
+def damping_table() -> str:
+    """GPTQ by its damping, by preset and form, as Markdown."""
+    kl = {tuple(row["name"].split(", ")): row["kl"] for row in choices("damping")}
+    names, dampings = (list(dict.fromkeys(part)) for part in zip(*kl, strict=True))
+    lines = [f"| preset and form | {' | '.join(dampings)} |", "|---" * (len(dampings) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{kl[name, damping]:.4f}' for damping in dampings)} |" for name in names]
+    return "\n".join(lines)
+
+
+def choices(table: str) -> list[dict[str, Any]]:
+    """The rows of one table of `experiments.compare_choices`."""
+    rows = json.loads((RESULTS / "choices_tiny_python.json").read_text(encoding="utf-8"))
+    return [row for row in rows if row["table"] == table]
 
 
 def distill_table() -> str:
@@ -214,6 +237,8 @@ PAGES = tuple(
         "README.md",
         "docs/algorithms/README.md",
         "docs/algorithms/distill.md",
+        "docs/algorithms/gptq.md",
+        "docs/calibration.md",
         "docs/peers.md",
         "docs/attention.md",
         "docs/gpu.md",
@@ -233,6 +258,8 @@ TABLES = {
     "small_peers": small_peers_table,
     "peer_flags": peer_flags_table,
     "distill": distill_table,
+    "passes": passes_table,
+    "damping": damping_table,
     "eight_bit": eight_bit_table,
     "grouped": grouped_table,
     "moe": moe_table,
