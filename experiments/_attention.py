@@ -8,7 +8,7 @@ from experiments import _workers
 from experiments._clock import write_results
 
 
-def command_line(description: str, *, seconds: float, workers: int) -> argparse.ArgumentParser:
+def command_line(description: str | None, *, seconds: float, workers: int) -> argparse.ArgumentParser:
     """The flags that every attention bench has, with its own defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=pathlib.Path, help="write every row here")

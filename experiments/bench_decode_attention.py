@@ -9,6 +9,7 @@ profiler; TB/s counts the bytes of keys, values and scales.
 import functools
 import secrets
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,8 @@ def _cache(case: Case, mode: str, keys) -> Cache:
     if case.page_size is not None:
         table = jax.random.permutation(keys[4], rows).astype(jnp.int32).reshape(case.batch, -1)
     if mode == "bf16":
-        return Cache(*map(jax.random.normal, keys[:2], (k_shape, v_shape), 2 * [jnp.bfloat16]), page_table=table)
+        k, v = map(jax.random.normal, keys[:2], (k_shape, v_shape), 2 * [jnp.bfloat16])
+        return Cache(k, v, page_table=table)
     shapes = [(case.batch, case.kv_heads, *x) for x in ((WINDOW, case.head_dim), (case.head_dim, WINDOW))]
     recent = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys[3:], shapes, strict=False)]
     if BITS[mode] < 8:
@@ -111,14 +113,14 @@ def _cache(case: Case, mode: str, keys) -> Cache:
         grids = [(*head, size // 32, case.head_dim), (*head, case.head_dim // 32, size)]
         scales = [jax.random.uniform(k, s, jnp.float16, 1, 3) for k, s in zip(keys[2:], grids, strict=False)]
         offsets = [-1.5 * x for x in scales]  # elements from -scale / 2 to scale / 2
-        return Cache(*codes, *scales, *offsets, *recent, table)
+        return Cache._make((*codes, *scales, *offsets, *recent, table))
     codes = [jax.lax.bitcast_convert_type(jax.random.bits(k, s, jnp.uint8), jnp.int8) for k, s in
              ((keys[0], k_shape), (keys[1], v_shape))]  # fmt: skip
     if mode == "fp8":
         codes = [jax.lax.bitcast_convert_type(jnp.where((c & 127) == 127, 0, c), jnp.float8_e4m3fn) for c in codes]
     largest = 127.0 if mode == "int8" else 448.0
     scales = (jax.random.uniform(k, k_shape[:3], minval=1 / largest, maxval=4 / largest) for k in keys[2:4])
-    return Cache(*codes, *scales, None, None, *recent, table)
+    return Cache._make((*codes, *scales, None, None, *recent, table))
 
 
 def program(case: Case, item: dict):
@@ -165,6 +167,7 @@ def _exact(args, sequence: jax.Array, *, mode: str, case: Case) -> jax.Array:
     """The reference in float32 on one sequence."""
     own = lambda x: jax.lax.dynamic_slice_in_dim(x, sequence, 1)  # noqa: E731
     q, rest, lengths = own(args[0]).astype(jnp.float32), args[1:-1], own(args[-1])
+    cache: dict[str, Any]
     if mode == "cudnn":
         k, v = (own(x).astype(jnp.float32) for x in rest)
         cache = {"k": k.transpose(0, 2, 1, 3), "v": v.transpose(0, 2, 3, 1)}
