@@ -114,16 +114,22 @@ def attention_table() -> str:
 
 
 def attention_speed_table() -> str:
-    """The fastest mode of attention on an H200 beside cuDNN, as Markdown."""
+    """The fastest mode of attention on an H200 beside cuDNN, as Markdown; `*` where cuDNN's is of another run."""
     rows = json.loads((RESULTS / "attention_h200.json").read_text(encoding="utf-8"))["rows"]
     names = ("channels a head", "tokens", "mask", "mode", "TFLOP/s", "cuDNN", "relative error")
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for case in sorted({row["case"] for row in rows}):
-        cudnn, *ours = sorted((r for r in rows if r["case"] == case), key=lambda r: (r["mode"] != "cudnn", r["op_us"]))
+        of_case = [row for row in rows if row["case"] == case]
+        ours = min(  # the default where it was timed, else the fastest candidate, which became it
+            (row for row in of_case if row["mode"] != "cudnn"),
+            key=lambda row: (row["config"] is not None, row["op_us"]),
+        )
+        cudnn = min((row for row in of_case if row["mode"] == "cudnn"), key=lambda row: row["commit"] != ours["commit"])
         head_dim, tokens, mask = case.split("_")
-        speed = f"{ours[0]['op_tflops']:.0f} ({ours[0]['kernel_tflops']:.0f}) | {cudnn['op_tflops']:.0f}"
-        error = f"{ours[0]['normal']['error']:.4f}"
-        lines.append(f"| {head_dim[1:]} | {tokens[1:]} | {mask} | {ours[0]['mode']} | {speed} | {error} |")
+        elsewhere = "" if cudnn["commit"] == ours["commit"] else "*"
+        speed = f"{ours['op_tflops']:.0f} ({ours['kernel_tflops']:.0f}) | {cudnn['op_tflops']:.0f}{elsewhere}"
+        error = f"{ours['normal']['error']:.4f}"
+        lines.append(f"| {head_dim[1:]} | {tokens[1:]} | {mask} | {ours['mode']} | {speed} | {error} |")
     return "\n".join(lines)
 
 
